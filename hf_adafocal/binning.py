@@ -1,0 +1,115 @@
+"""Confidence bins: the one rule that ECE, AdaECE, the gamma update and the reliability diagram share.
+
+Bins are `(lower, upper]`, the first one closed, so every sample is counted exactly once and samples with the same
+confidence always share a bin. Everything here is numpy, one pair of numbers a sample: the confidence and whether the
+prediction was correct.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class BinStats:
+    """What each bin holds.
+
+    Attributes:
+        edges: Bin edges, ascending, shape `(num_bins + 1,)`, probability.
+        count: Samples in each bin, shape `(num_bins,)`.
+        confidence: Mean confidence of each bin, shape `(num_bins,)`; 0 where the bin is empty.
+        accuracy: Share of correct samples of each bin, shape `(num_bins,)`; 0 where the bin is empty.
+    """
+
+    edges: np.ndarray
+    count: np.ndarray
+    confidence: np.ndarray
+    accuracy: np.ndarray
+
+    @property
+    def gap(self) -> np.ndarray:
+        """Confidence minus accuracy, shape `(num_bins,)`: positive is over-confident, 0 where the bin is empty."""
+        return self.confidence - self.accuracy
+
+
+def equal_width_edges(num_bins: int = 15) -> np.ndarray:
+    """Edges that cut [0, 1] into bins of one width, shape `(num_bins + 1,)`.
+
+    >>> equal_width_edges(4)
+    array([0.  , 0.25, 0.5 , 0.75, 1.  ])
+    """
+    _check_num_bins(num_bins)
+    return np.linspace(0.0, 1.0, num_bins + 1)
+
+
+def equal_mass_edges(confidence: np.ndarray, num_bins: int = 15) -> np.ndarray:
+    """Edges that put about the same number of samples into each bin.
+
+    The sorted confidences are interpolated at `k N / num_bins`, as AdaECE's authors do. Tied confidences repeat an
+    edge; the bins between equal edges stay empty and no tie is split.
+
+    Args:
+        confidence: Probabilities, shape `(N,)`, N >= 1.
+        num_bins: Number of bins.
+
+    Returns:
+        Edges from the smallest to the largest confidence, shape `(num_bins + 1,)`.
+
+    Raises:
+        ValueError: If `confidence` is empty, not one-dimensional or not finite.
+
+    Source: Mukhoti et al. 2020, arXiv 2002.09437 (AdaECE); Ghosh et al. 2022, arXiv 2211.11838.
+
+    >>> equal_mass_edges(np.array([0.4, 0.1, 0.3, 0.2]), num_bins=2)
+    array([0.1, 0.3, 0.4])
+    """
+    _check_num_bins(num_bins)
+    confidence = _vector("confidence", confidence)
+    size = len(confidence)
+    return np.interp(np.linspace(0, size, num_bins + 1), np.arange(size), np.sort(confidence))
+
+
+def bin_statistics(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> BinStats:
+    """Count, mean confidence and accuracy of each bin.
+
+    Args:
+        confidence: Probabilities, shape `(N,)`, N >= 1; below the first or above the last edge counts in that end bin.
+        correct: 1 (or True) where the prediction was right, 0 where it was wrong, shape `(N,)`.
+        edges: Ascending bin edges, shape `(num_bins + 1,)`.
+
+    Returns:
+        The statistics of each bin; counts sum to N.
+
+    Raises:
+        ValueError: If the inputs are empty, of unequal length, not finite, or `edges` do not ascend.
+    """
+    confidence, correct = _vector("confidence", confidence), _vector("correct", correct)
+    if len(confidence) != len(correct):
+        raise ValueError(f"confidence and correct must have one length, found {len(confidence)} and {len(correct)}.")
+    edges = _vector("edges", edges)
+    if len(edges) < 2 or np.any(np.diff(edges) < 0):
+        raise ValueError(f"edges must be at least two ascending numbers, found {edges}.")
+    num_bins = len(edges) - 1
+    index = np.searchsorted(edges[1:-1], confidence, side="left")  # (lower, upper], the ends open outwards
+    count = np.bincount(index, minlength=num_bins)
+    share = 1.0 / np.maximum(count, 1)
+    return BinStats(
+        edges=edges,
+        count=count,
+        confidence=np.bincount(index, confidence, num_bins) * share,
+        accuracy=np.bincount(index, correct, num_bins) * share,
+    )
+
+
+def _check_num_bins(num_bins: int) -> None:
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be at least 1, found {num_bins}.")
+
+
+def _vector(name: str, values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values, dtype=np.float64)
+    if values.ndim != 1 or values.size == 0:
+        raise ValueError(f"{name} must have shape (N,) with N >= 1, found {values.shape}.")
+    if not np.isfinite(values).all():
+        raise ValueError(f"{name} must be finite, found {np.count_nonzero(~np.isfinite(values))} NaN or infinite.")
+    return values

@@ -1,0 +1,112 @@
+"""From logits to what calibration needs: three numbers a sample, whatever the number of classes.
+
+A trainer or a loop keeps `per_sample(logits, labels)` of each batch, gathers it over processes like any other
+prediction, and turns it into metrics and bin statistics once.
+"""
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from hf_adafocal.binning import BinStats, bin_statistics, equal_mass_edges
+from hf_adafocal.metrics import calibration_error
+
+IGNORED = -1.0  # stands in all three columns of a sample whose label is ignored
+
+
+def per_sample(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
+    """Confidence, correctness and NLL of each sample.
+
+    Args:
+        logits: Classes last, shape `(N, C)` or `(N, L, C)`; computed in float32 or wider.
+        labels: Class indices or `ignore_index`, shape `(N,)` or `(N, L)`.
+        ignore_index: Label of samples that do not count; their row is `IGNORED`.
+
+    Returns:
+        Rows `(confidence, correct, nll in nats)`, shape `(N, 3)` or `(N, L, 3)`.
+
+    Raises:
+        ValueError: If the shapes do not fit.
+    """
+    if labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"Expected logits (N, C) and labels (N,), found {tuple(logits.shape)} and {tuple(labels.shape)}."
+        )
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    log_normaliser = logits.logsumexp(-1)
+    top, predicted = logits.max(-1)
+    counted = labels != ignore_index
+    of_label = logits.gather(-1, labels.where(counted, 0).long()[..., None]).squeeze(-1)
+    # Rounding may put the top logit a little above the normaliser.
+    confidence = (top - log_normaliser).exp().clamp_max(1.0)
+    rows = torch.stack([confidence, (predicted == labels).to(confidence.dtype), log_normaliser - of_label], dim=-1)
+    return rows.where(counted[..., None], IGNORED)
+
+
+def counted_rows(rows: Tensor | np.ndarray) -> np.ndarray:
+    """Rows of samples that count, in float64, shape `(n, 3)`, from any shape `(..., 3)`."""
+    rows = np.asarray(rows, dtype=np.float64).reshape(-1, 3)
+    return rows[rows[:, 0] != IGNORED]
+
+
+def sample_metrics(rows: np.ndarray, num_bins: int = 15) -> dict[str, float]:
+    """`accuracy`, `nll`, `ece` and `ada_ece` of counted rows, shape `(n, 3)`."""
+    confidence, correct, nll = rows.T
+    return {
+        "accuracy": float(correct.mean()),
+        "nll": float(nll.mean()),
+        "ece": calibration_error(confidence, correct, num_bins),
+        "ada_ece": calibration_error(confidence, correct, num_bins, scheme="equal_mass"),
+    }
+
+
+def equal_mass_statistics(rows: np.ndarray, num_bins: int = 15) -> BinStats:
+    """Equal-mass bins of counted rows, shape `(n, 3)`: the edges and gaps that AdaFocal updates with."""
+    confidence, correct, _ = rows.T
+    return bin_statistics(confidence, correct, equal_mass_edges(confidence, num_bins))
+
+
+class CalibrationMetrics:
+    """Feeds `AdaFocalCallback` from a Trainer that is not ours, through its own two arguments.
+
+    Only three numbers a sample are gathered. The evaluation set is then the calibration set.
+
+    Args:
+        num_bins: Bins of the metrics and of the loss's table.
+
+    ```python
+    loss = AdaFocalLoss()
+    calibration = CalibrationMetrics(loss.num_bins)
+    trainer = Trainer(
+        ...,
+        compute_loss_func=loss,
+        preprocess_logits_for_metrics=calibration.reduce,
+        compute_metrics=calibration,
+        callbacks=[AdaFocalCallback(loss, calibration.calibrate)],
+    )
+    ```
+    """
+
+    def __init__(self, num_bins: int = 15) -> None:
+        self.num_bins = num_bins
+        self._rows: np.ndarray | None = None
+
+    @staticmethod
+    def reduce(logits: Tensor | tuple[Tensor, ...], labels: Tensor) -> Tensor:
+        """Replace logits by `per_sample` rows; for `preprocess_logits_for_metrics`."""
+        return per_sample(logits[0] if isinstance(logits, tuple) else logits, labels)
+
+    def __call__(self, prediction) -> dict[str, float]:
+        """Metrics of an `EvalPrediction` whose predictions are rows; for `compute_metrics`."""
+        self._rows = counted_rows(prediction.predictions)
+        return sample_metrics(self._rows, self.num_bins)
+
+    def calibrate(self) -> BinStats:
+        """Equal-mass statistics of the last evaluation; for `AdaFocalCallback`.
+
+        Raises:
+            RuntimeError: If nothing has been evaluated.
+        """
+        if self._rows is None:
+            raise RuntimeError("No evaluation yet: pass this object as the Trainer's `compute_metrics`.")
+        return equal_mass_statistics(self._rows, self.num_bins)

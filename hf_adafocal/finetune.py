@@ -1,0 +1,147 @@
+"""One run from arguments to a report, and several of them side by side."""
+
+import json
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from transformers import HfArgumentParser, set_seed
+from transformers.utils import logging
+
+from hf_adafocal.binning import bin_statistics, equal_width_edges
+from hf_adafocal.evaluation import test_report
+from hf_adafocal.metrics import softmax, top_label
+from hf_adafocal.tasks import Task
+from hf_adafocal.trainer import AdaFocalTrainer
+from hf_adafocal.training_args import AdaFocalTrainingArguments
+
+logger = logging.get_logger(__name__)
+
+LIBRARIES = ("hf-adafocal", "torch", "transformers", "datasets", "accelerate", "numpy")
+
+
+def parse_arguments(
+    task_class: type[Task], arguments: Sequence[str] | None = None
+) -> tuple[Task, AdaFocalTrainingArguments]:
+    """Read a task and its training arguments from a command line.
+
+    Args:
+        task_class: The kind of task.
+        arguments: The command line; that of the process if left out.
+    """
+    arguments = list(arguments) if arguments is not None else None
+    task, _ = HfArgumentParser(task_class, add_help=False).parse_args_into_dataclasses(
+        arguments, return_remaining_strings=True
+    )
+    parser = HfArgumentParser((task_class, AdaFocalTrainingArguments))
+    parser.set_defaults(**task.training_defaults)
+    return parser.parse_args_into_dataclasses(arguments)
+
+
+def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
+    """Train, report on the test split, and save everything in `args.output_dir`.
+
+    The folder then holds the checkpoint, `report.json`, `reliability.png` and, if gamma moved, `gamma.png`.
+
+    Returns:
+        The report: `test` (see `evaluation.test_report`), `loss`, `gamma`, `splits`, `seed`, `training`, `versions`.
+    """
+    with args.main_process_first(desc="reading the data"):
+        prepared = task.prepare(args.seed)
+    splits = prepared.splits
+    set_seed(args.seed)
+    trainer = AdaFocalTrainer(
+        prepared.model_init(),
+        args,
+        train_dataset=splits.train,
+        calibration_dataset=splits.calibration,
+        processing_class=prepared.processing_class,
+        data_collator=prepared.data_collator,
+    )
+    outcome = trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    calibration = trainer.predict(splits.calibration, metric_key_prefix="calibration")
+    test = trainer.predict(splits.test, metric_key_prefix="test")
+
+    report = {
+        "test": test_report(test[:2], calibration[:2], args.num_bins),
+        "loss": {"name": args.loss, "settings": trainer.loss.extra_repr()},
+        "gamma": [
+            {"step": entry["step"], **{name: value for name, value in entry.items() if name.startswith("gamma_")}}
+            for entry in trainer.state.log_history
+            if "gamma_00" in entry
+        ],
+        "splits": {role: len(part) for role, part in zip(splits._fields, splits, strict=True) if part is not None},
+        "seed": args.seed,
+        "training": {
+            "dataset": task.dataset,
+            "model": type(trainer.model).__name__,
+            "epochs": args.num_train_epochs,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+            "runtime_seconds": outcome.metrics["train_runtime"],
+        },
+        "versions": {name: version(name) for name in LIBRARIES},
+    }
+    trainer.save_model()
+    trainer.save_state()
+    if trainer.is_world_process_zero():
+        folder = Path(args.output_dir)
+        (folder / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+        _draw(folder, report, test[:2], args.num_bins)
+    return report
+
+
+def compare(
+    task_class: type[Task],
+    arguments: Sequence[str],
+    losses: Sequence[str],
+    seeds: Sequence[int],
+    folder: Path,
+    reuse: bool = False,
+) -> dict[str, list[dict[str, Any]]]:
+    """Fine-tune once for each loss and seed, and draw all of them in `folder/comparison.png`.
+
+    Args:
+        task_class: The kind of task.
+        arguments: Command line of every run, as for the training scripts.
+        losses: Names in `LOSSES`.
+        seeds: Seeds of split, initial weights and order; runs of one seed differ in the loss alone.
+        folder: Holds one folder a run, `<loss>-<seed>`.
+        reuse: Take the `report.json` of a run that is there instead of repeating it.
+
+    Returns:
+        The reports of each loss, one a seed.
+    """
+    reports: dict[str, list[dict[str, Any]]] = {loss: [] for loss in losses}
+    for seed in seeds:
+        for loss in losses:
+            output = folder / f"{loss}-{seed}"
+            finished = output / "report.json"
+            if reuse and finished.exists():
+                logger.warning(f"Reusing {finished}")
+                report = json.loads(finished.read_text())
+            else:
+                flags = ["--loss", loss, "--seed", str(seed), "--output_dir", str(output)]
+                report = finetune(*parse_arguments(task_class, [*arguments, *flags]))
+            reports[loss].append(report)
+    return reports
+
+
+def _draw(folder: Path, report: dict, test: tuple, num_bins: int) -> None:
+    try:
+        from hf_adafocal.plots import gamma_trajectory, reliability_diagram
+    except ImportError:
+        logger.warning("matplotlib is missing, so no pictures are drawn; install the extra `plots`.")
+        return
+    logits, labels = test
+    temperature = report["test"]["temperature"]
+    diagrams = {
+        title: bin_statistics(*top_label(softmax(scaled), labels), equal_width_edges(num_bins))
+        for title, scaled in (("as trained", logits), (f"temperature {temperature:.2f}", logits / temperature))
+    }
+    reliability_diagram(diagrams).savefig(folder / "reliability.png")
+    if report["gamma"]:
+        steps = [entry["step"] for entry in report["gamma"]]
+        gammas = [[entry[name] for name in sorted(entry) if name != "step"] for entry in report["gamma"]]
+        gamma_trajectory(steps, gammas).savefig(folder / "gamma.png")

@@ -1,0 +1,69 @@
+"""Tables that map the probability of the label to gamma, and the paper's rule that moves them."""
+
+import torch
+from torch import Tensor
+
+FLSD_53_EDGES = (0.0, 0.2, 1.0)
+FLSD_53_GAMMAS = (5.0, 3.0)
+
+
+def lookup(p: Tensor, edges: Tensor, gammas: Tensor) -> Tensor:
+    """Gamma of each sample from the bin its label's probability falls in.
+
+    Bins are `[lower, upper)` here, as in the paper's code; the first also holds everything below it and the last
+    everything above. A bin between two equal edges is never hit.
+
+    Args:
+        p: Probability of the label, any shape.
+        edges: Ascending bin edges, shape `(num_bins + 1,)`.
+        gammas: Gamma of each bin, shape `(num_bins,)`.
+
+    Returns:
+        Gammas, the shape of `p`.
+
+    >>> lookup(torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, -1.0]))
+    tensor([ 3., -1., -1.])
+    """
+    return gammas[torch.bucketize(p, edges[1:-1], right=True)]
+
+
+def update(
+    gammas: Tensor,
+    gap: Tensor,
+    *,
+    lambda_: float = 1.0,
+    switch: float = 0.2,
+    gamma_min: float = -2.0,
+    gamma_max: float = 20.0,
+) -> Tensor:
+    """The paper's rule: over-confident bins get more focal loss, under-confident ones less, then inverse focal loss.
+
+    `gamma exp(sign(gamma) lambda gap)`; a result within `switch` of 0 jumps to the other side of it, from focal
+    (`+switch`) to inverse focal (`-switch`) loss and back; then it is clipped.
+
+    Args:
+        gammas: Current gamma of each bin, shape `(num_bins,)`.
+        gap: Confidence minus accuracy of each bin on held-out data, shape `(num_bins,)`, in [-1, 1]; 0 if empty.
+        lambda_: Step size of the rule, no unit.
+        switch: Where focal and inverse focal loss meet (the paper's S_th).
+        gamma_min: Lowest gamma.
+        gamma_max: Highest gamma.
+
+    Returns:
+        New gammas, shape `(num_bins,)`.
+
+    Raises:
+        ValueError: If the shapes differ or a gap is not finite.
+
+    Source: Ghosh et al. 2022, arXiv 2211.11838, as in the authors' code.
+
+    >>> update(torch.tensor([1.0, 0.2]), torch.tensor([0.1, -0.1]))
+    tensor([ 1.1052, -0.2000])
+    """
+    if gammas.shape != gap.shape:
+        raise ValueError(f"gammas and gap must have one shape, found {tuple(gammas.shape)} and {tuple(gap.shape)}.")
+    if not torch.isfinite(gap).all():
+        raise ValueError(f"The calibration gap must be finite, found {gap.tolist()}; check the held-out predictions.")
+    moved = gammas * torch.exp(torch.where(gammas > 0, lambda_, -lambda_) * gap)
+    crossed = torch.where(moved > 0, -switch, switch)
+    return torch.where(moved.abs() < switch, crossed, moved).clamp(gamma_min, gamma_max)

@@ -1,0 +1,215 @@
+"""Models to calibrate: the global-pooling CNN for text, and timm networks through transformers' own wrapper.
+
+This file is self-contained: `save_pretrained` copies it beside a CNN checkpoint, so that the checkpoint also loads
+where hf_adafocal is not installed (with `trust_remote_code=True`).
+"""
+
+from collections.abc import Iterable
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Regex, Tokenizer
+from tokenizers import models as token_models
+from tokenizers.normalizers import NFKC, Lowercase, Sequence
+from tokenizers.pre_tokenizers import Split
+from tokenizers.processors import TemplateProcessing
+from tokenizers.trainers import WordLevelTrainer
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+from transformers.modeling_outputs import SequenceClassifierOutput
+
+
+class GlobalPoolingCNNConfig(PretrainedConfig):
+    """Configuration of `GlobalPoolingCNNForSequenceClassification`.
+
+    Args:
+        vocab_size: Tokens, padding included.
+        embedding_size: Width of a token embedding.
+        num_filters: Channels of each convolution.
+        kernel_size: Tokens a convolution sees.
+        pool_size: Window of the max pooling (stride 1) after the first two convolutions.
+        hidden_size: Width of the layer before the classifier.
+        dropout: Dropout probability before the classifier.
+        pad_token_id: Token id of padding.
+        **kwargs: `num_labels`, `id2label` and everything else of `PretrainedConfig`.
+    """
+
+    model_type = "global_pooling_cnn"
+
+    def __init__(
+        self,
+        vocab_size: int = 20000,
+        embedding_size: int = 100,
+        num_filters: int = 128,
+        kernel_size: int = 5,
+        pool_size: int = 5,
+        hidden_size: int = 128,
+        dropout: float = 0.3,
+        pad_token_id: int = 0,
+        **kwargs,
+    ) -> None:
+        self.vocab_size = vocab_size
+        self.embedding_size = embedding_size
+        self.num_filters = num_filters
+        self.kernel_size = kernel_size
+        self.pool_size = pool_size
+        self.hidden_size = hidden_size
+        self.dropout = dropout
+        super().__init__(pad_token_id=pad_token_id, **kwargs)
+
+    @property
+    def receptive_field(self) -> int:
+        """Tokens that one position after the last convolution sees."""
+        return 3 * (self.kernel_size - 1) + 2 * (self.pool_size - 1) + 1
+
+
+class GlobalPoolingCNNForSequenceClassification(PreTrainedModel):
+    """Three convolutions, a maximum over the text, one hidden layer.
+
+    Embeddings are learned (the original freezes GloVe). The maximum runs over windows that hold real tokens only, so a
+    text scores the same in any batch; a text shorter than the receptive field has one window, filled up with padding.
+
+    Source: the network of Mukhoti et al. 2020, arXiv 2002.09437, for 20 Newsgroups (after Lin et al. 2014).
+    """
+
+    config_class = GlobalPoolingCNNConfig
+    main_input_name = "input_ids"
+
+    def __init__(self, config: GlobalPoolingCNNConfig) -> None:
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.embedding = nn.Embedding(config.vocab_size, config.embedding_size, padding_idx=config.pad_token_id)
+        widths = [config.embedding_size, *[config.num_filters] * 3]
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(width_in, width_out, config.kernel_size)
+            for width_in, width_out in zip(widths, widths[1:], strict=False)
+        )
+        self.hidden = nn.Linear(config.num_filters, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=0.1)
+            with torch.no_grad():
+                module.weight[module.padding_idx].zero_()
+        elif isinstance(module, nn.Linear | nn.Conv1d):
+            nn.init.xavier_uniform_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        return_dict: bool | None = None,
+    ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
+        """Class scores of token ids.
+
+        Args:
+            input_ids: Token ids padded on the right, shape `(N, L)`.
+            attention_mask: 1 for tokens and 0 for padding, shape `(N, L)`; taken from the padding id if left out.
+            labels: Class indices, shape `(N,)`; then the output has the mean cross-entropy as `loss`.
+            return_dict: False for a tuple.
+
+        Returns:
+            An output with `logits`, shape `(N, num_labels)`.
+        """
+        field = self.config.receptive_field
+        if attention_mask is None:
+            attention_mask = input_ids != self.config.pad_token_id
+        lengths = attention_mask.sum(dim=1)
+        input_ids = F.pad(input_ids, (0, max(field - input_ids.shape[1], 0)), value=self.config.pad_token_id)
+
+        features = self.embedding(input_ids).transpose(1, 2)  # (N, channels, L)
+        for index, convolution in enumerate(self.convolutions):
+            features = F.relu(convolution(features))
+            if index < 2:
+                features = F.max_pool1d(features, self.config.pool_size, stride=1)
+        windows = (lengths - field + 1).clamp_min(1)
+        beyond = torch.arange(features.shape[2], device=features.device) >= windows[:, None]
+        pooled = features.masked_fill(beyond[:, None], 0.0).amax(dim=2)  # 0 is the least a ReLU gives
+        logits = self.classifier(self.dropout(F.relu(self.hidden(pooled))))
+
+        loss = None if labels is None else F.cross_entropy(logits.float(), labels)
+        output = SequenceClassifierOutput(loss=loss, logits=logits)
+        return output.to_tuple() if return_dict is False else output
+
+
+def train_word_level_tokenizer(
+    texts: Iterable[str], vocab_size: int = 20000, max_length: int = 256
+) -> PreTrainedTokenizerFast:
+    """A lower-casing word tokenizer with the most frequent words of `texts`.
+
+    Each text starts with `[CLS]`, so that an empty one still has a token.
+
+    Args:
+        texts: Training texts.
+        vocab_size: Words kept, the three special tokens included; the rest are `[UNK]`.
+        max_length: Tokens kept of a text with `truncation=True`, the first included.
+    """
+    tokenizer = Tokenizer(token_models.WordLevel(unk_token="[UNK]"))
+    tokenizer.normalizer = Sequence([NFKC(), Lowercase()])
+    tokenizer.pre_tokenizer = Split(Regex(r"[^\w']+"), behavior="removed")
+    trainer = WordLevelTrainer(vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]", "[CLS]"])
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        model_max_length=max_length,
+        padding_side="right",
+        model_input_names=["input_ids", "attention_mask"],
+    )
+
+
+def timm_classifier(
+    architecture: str, label_names: list[str], image_size: int, model_args: dict | None = None
+) -> PreTrainedModel:
+    """A timm network with fresh weights as a transformers image classifier.
+
+    The checkpoint it saves loads offline with `AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline`.
+
+    Args:
+        architecture: A timm name, as "vit_tiny_patch16_224".
+        label_names: Name of each class, in the order of the labels.
+        image_size: Side of the square input, in pixels.
+        model_args: Further arguments of `timm.create_model`, as `{"img_size": 32, "patch_size": 4}`.
+
+    Raises:
+        ImportError: If timm is not installed (the extra `vision`).
+    """
+    from transformers import TimmWrapperConfig  # needs timm
+
+    config = TimmWrapperConfig(
+        architecture=architecture,
+        model_args=model_args or {},
+        num_labels=len(label_names),
+        id2label=dict(enumerate(label_names)),
+        label2id={name: index for index, name in enumerate(label_names)},
+        # The processor reads its sizes from here; without it AutoImageProcessor finds no file.
+        pretrained_cfg={
+            "input_size": [3, image_size, image_size],
+            "interpolation": "bicubic",
+            "crop_pct": 1.0,
+            "mean": [0.5, 0.5, 0.5],
+            "std": [0.5, 0.5, 0.5],
+        },
+    )
+    return AutoModelForImageClassification.from_config(config)
+
+
+AutoConfig.register(GlobalPoolingCNNConfig.model_type, GlobalPoolingCNNConfig)
+AutoModelForSequenceClassification.register(GlobalPoolingCNNConfig, GlobalPoolingCNNForSequenceClassification)
+GlobalPoolingCNNConfig.register_for_auto_class()
+GlobalPoolingCNNForSequenceClassification.register_for_auto_class("AutoModelForSequenceClassification")
