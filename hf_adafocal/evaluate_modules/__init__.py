@@ -1,0 +1,29 @@
+"""Metrics for `evaluate.load`, one folder each: `<name>/<name>.py` wraps `hf_adafocal.metrics` and holds no maths.
+
+Only paths are handled here, so nothing heavy is imported until a metric is loaded.
+"""
+
+from pathlib import Path
+
+_FOLDER = Path(__file__).resolve().parent
+
+
+def evaluate_module(name: str) -> str:
+    """Folder of a metric of this package, for `evaluate.load`; works offline.
+
+    Args:
+        name: The metric's name, for example "ece" or "ada_ece".
+
+    Returns:
+        An absolute path; a `str`, because `evaluate.load` takes no `pathlib.Path`.
+
+    Raises:
+        ValueError: If there is no metric of that name.
+
+    >>> Path(evaluate_module("ece")).name
+    'ece'
+    """
+    names = sorted(script.stem for script in _FOLDER.glob("*/*.py") if script.stem == script.parent.name)
+    if name not in names:
+        raise ValueError(f"Expected the name of a metric, one of {', '.join(names)}; found {name!r}.")
+    return str(_FOLDER / name)
