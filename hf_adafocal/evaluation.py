@@ -18,7 +18,7 @@ COLUMNS = (
 )
 
 
-def test_report(
+def split_report(
     test: tuple[np.ndarray, np.ndarray], calibration: tuple[np.ndarray, np.ndarray], num_bins: int = 15
 ) -> dict[str, Any]:
     """Calibration of the test split, raw and with a temperature fitted on the calibration split.

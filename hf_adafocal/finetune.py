@@ -10,7 +10,8 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
 from hf_adafocal.binning import bin_statistics, equal_width_edges
-from hf_adafocal.evaluation import test_report
+from hf_adafocal.evaluation import comparison_table, split_report
+from hf_adafocal.losses import LOSSES
 from hf_adafocal.metrics import softmax, top_label
 from hf_adafocal.tasks import Task
 from hf_adafocal.trainer import AdaFocalTrainer
@@ -45,7 +46,7 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
     The folder then holds the checkpoint, `report.json`, `reliability.png` and, if gamma moved, `gamma.png`.
 
     Returns:
-        The report: `test` (see `evaluation.test_report`), `loss`, `gamma`, `splits`, `seed`, `training`, `versions`.
+        The report: `test` (see `evaluation.split_report`), `loss`, `gamma`, `splits`, `seed`, `training`, `versions`.
     """
     with args.main_process_first(desc="reading the data"):
         prepared = task.prepare(args.seed)
@@ -64,10 +65,10 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
     test = trainer.predict(splits.test, metric_key_prefix="test")
 
     report = {
-        "test": test_report(test[:2], calibration[:2], args.num_bins),
+        "test": split_report(test[:2], calibration[:2], args.num_bins),
         "loss": {"name": args.loss, "settings": trainer.loss.extra_repr()},
         "gamma": [
-            {"step": entry["step"], **{name: value for name, value in entry.items() if name.startswith("gamma_")}}
+            {"step": entry["step"], "gammas": [entry[name] for name in sorted(entry) if name.startswith("gamma_")]}
             for entry in trainer.state.log_history
             if "gamma_00" in entry
         ],
@@ -100,7 +101,7 @@ def compare(
     folder: Path,
     reuse: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Fine-tune once for each loss and seed, and draw all of them in `folder/comparison.png`.
+    """Fine-tune once for each loss and seed, and save `comparison.md` and `comparison.png` in `folder`.
 
     Args:
         task_class: The kind of task.
@@ -111,28 +112,36 @@ def compare(
         reuse: Take the `report.json` of a run that is there instead of repeating it.
 
     Returns:
-        The reports of each loss, one a seed.
+        For each loss the reports of `finetune`, one a seed.
+
+    Raises:
+        ValueError: If a loss is unknown, before anything is trained.
     """
+    unknown = set(losses) - set(LOSSES)
+    if unknown:
+        raise ValueError(f"losses must be among {', '.join(LOSSES)}; found {', '.join(sorted(unknown))}.")
     reports: dict[str, list[dict[str, Any]]] = {loss: [] for loss in losses}
     for seed in seeds:
         for loss in losses:
             output = folder / f"{loss}-{seed}"
             finished = output / "report.json"
+            flags = ["--loss", loss, "--seed", str(seed), "--output_dir", str(output)]
+            task, args = parse_arguments(task_class, [*arguments, *flags])
             if reuse and finished.exists():
                 logger.warning(f"Reusing {finished}")
-                report = json.loads(finished.read_text())
+                reports[loss].append(json.loads(finished.read_text()))
             else:
-                flags = ["--loss", loss, "--seed", str(seed), "--output_dir", str(output)]
-                report = finetune(*parse_arguments(task_class, [*arguments, *flags]))
-            reports[loss].append(report)
+                reports[loss].append(finetune(task, args))
+    if args.process_index == 0:
+        tests = {loss: [report["test"] for report in runs] for loss, runs in reports.items()}
+        (folder / "comparison.md").write_text(comparison_table(tests) + "\n")
+        _draw_comparison(folder, tests)
     return reports
 
 
 def _draw(folder: Path, report: dict, test: tuple, num_bins: int) -> None:
-    try:
-        from hf_adafocal.plots import gamma_trajectory, reliability_diagram
-    except ImportError:
-        logger.warning("matplotlib is missing, so no pictures are drawn; install the extra `plots`.")
+    plots = _plots()
+    if plots is None:
         return
     logits, labels = test
     temperature = report["test"]["temperature"]
@@ -140,8 +149,30 @@ def _draw(folder: Path, report: dict, test: tuple, num_bins: int) -> None:
         title: bin_statistics(*top_label(softmax(scaled), labels), equal_width_edges(num_bins))
         for title, scaled in (("as trained", logits), (f"temperature {temperature:.2f}", logits / temperature))
     }
-    reliability_diagram(diagrams).savefig(folder / "reliability.png")
+    plots.reliability_diagram(diagrams).savefig(folder / "reliability.png")
     if report["gamma"]:
         steps = [entry["step"] for entry in report["gamma"]]
-        gammas = [[entry[name] for name in sorted(entry) if name != "step"] for entry in report["gamma"]]
-        gamma_trajectory(steps, gammas).savefig(folder / "gamma.png")
+        plots.gamma_trajectory(steps, [entry["gammas"] for entry in report["gamma"]]).savefig(folder / "gamma.png")
+
+
+def _draw_comparison(folder: Path, tests: dict[str, list[dict]]) -> None:
+    plots = _plots()
+    if plots is None:
+        return
+    errors = {
+        loss: {
+            title: [100 * run[name]["ece"] for run in runs]
+            for name, title in (("raw", "as trained"), ("temperature_scaled", "temperature scaled"))
+        }
+        for loss, runs in tests.items()
+    }
+    plots.comparison_chart(errors).savefig(folder / "comparison.png")
+
+
+def _plots():
+    try:
+        from hf_adafocal import plots
+    except ImportError:
+        logger.warning("matplotlib is missing, so no pictures are drawn; install the extra `plots`.")
+        return None
+    return plots

@@ -91,7 +91,7 @@ class TextTask(Task):
         "output_dir": "runs/text",
         "num_train_epochs": 10,
         "learning_rate": 1e-3,
-        "per_device_train_batch_size": 64,
+        "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 256,
         "weight_decay": 0.01,
         "warmup_steps": 0.1,
@@ -152,9 +152,9 @@ class ImageTask(Task):
 
     from_scratch: ClassVar[dict[str, Any]] = {
         "output_dir": "runs/vision",
-        "num_train_epochs": 30,
-        "learning_rate": 2e-3,
-        "per_device_train_batch_size": 64,
+        "num_train_epochs": 50,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 256,
         "weight_decay": 0.05,
         "warmup_steps": 0.1,

@@ -56,6 +56,8 @@ class AdaFocalTrainer(Trainer):
         args = AdaFocalTrainingArguments() if args is None else args
         ours = isinstance(args, AdaFocalTrainingArguments)
         _refuse_ignored_arguments(args, kwargs)
+        if isinstance(loss, str):
+            raise TypeError(f"loss must be a module, found {loss!r}: name it in AdaFocalTrainingArguments(loss=...).")
         if loss is None:
             loss = args.build_loss() if ours else AdaFocalLoss()
         if calibration_dataset is None and ours and args.calibration_fraction > 0:

@@ -1,0 +1,116 @@
+"""The architecture: which module may import which, and what an import costs."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parent.parent / "hf_adafocal"
+
+# A module may import these of ours and nothing else. Numbers first, then tensors, Hugging Face, presentation.
+ALLOWED = {
+    "__init__": set(),  # names load lazily
+    "binning": set(),
+    "metrics": {"binning"},
+    "functional": set(),
+    "gamma": set(),
+    "losses": {"functional", "gamma"},
+    "scaling": set(),
+    "calibration": {"binning", "metrics"},
+    "models": set(),
+    "data": set(),
+    "training_args": {"losses"},
+    "callback": set(),
+    "trainer": {"losses", "callback", "training_args", "calibration", "binning"},
+    "evaluation": {"metrics", "scaling"},
+    "plots": {"binning"},
+    "tasks": {"data", "models"},
+    "finetune": {
+        *("tasks", "trainer", "training_args", "losses", "evaluation", "plots", "binning", "metrics"),
+    },
+    "cli": {"finetune", "tasks"},
+    "evaluate_modules": {"metrics"},
+}
+
+
+def modules() -> dict[str, Path]:
+    return {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imported(path: Path) -> set[str]:
+    """Modules of ours that a file imports, wherever in the file the import stands."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level:
+            raise AssertionError(f"{path.name} uses a relative import")
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names] if node.module == "hf_adafocal" else [
+                node.module
+            ]  # fmt: skip
+        else:
+            continue
+        found |= {name.split(".")[1] for name in names if name.startswith("hf_adafocal.")}
+    return found
+
+
+class TestArchitecture:
+    @pytest.mark.parametrize("name", modules())
+    def test_a_module_imports_only_what_the_design_allows(self, name):
+        room = name.split("/")[0].removesuffix(".py")
+        extra = imported(modules()[name]) - ALLOWED[room] - ({room} if "/" in name else set())
+        assert not extra, f"{name} must not import {sorted(extra)}"
+
+    def test_the_table_of_allowed_imports_names_every_module_and_no_other(self):
+        assert {name.split("/")[0].removesuffix(".py") for name in modules()} == set(ALLOWED)
+
+    def test_a_forbidden_import_is_found(self, tmp_path):
+        file = tmp_path / "bad.py"
+        file.write_text("def f():\n    from hf_adafocal.trainer import AdaFocalTrainer\n    import hf_adafocal.cli\n")
+        assert imported(file) == {"trainer", "cli"}
+
+    def test_scripts_are_thin(self):
+        for script in (PACKAGE.parent / "scripts").glob("train_*.py"):
+            assert len(script.read_text().splitlines()) <= 60
+
+
+def loaded_by(statement: str) -> set[str]:
+    code = f"import sys; {statement}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    return set(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split())
+
+
+class TestImportCost:
+    def test_the_package_loads_neither_torch_nor_transformers(self):
+        assert not loaded_by("import hf_adafocal") & {"torch", "transformers", "datasets", "evaluate", "numpy"}
+
+    def test_metrics_need_numpy_alone(self):
+        heavy = {"torch", "transformers", "datasets", "evaluate", "scipy", "sklearn", "matplotlib"}
+        loaded = loaded_by("import hf_adafocal.metrics")
+        assert "numpy" in loaded and not loaded & heavy
+
+    def test_a_loss_needs_no_transformers(self):
+        assert not loaded_by("from hf_adafocal import AdaFocalLoss") & {"transformers", "datasets"}
+
+
+class TestPublicNames:
+    def test_every_public_name_resolves(self):
+        import hf_adafocal
+
+        for name in hf_adafocal.__all__:
+            assert getattr(hf_adafocal, name) is not None
+
+    def test_an_unknown_name_is_an_attribute_error(self):
+        import hf_adafocal
+
+        with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
+            _ = hf_adafocal.Nothing
+
+    def test_the_version_is_that_of_the_installed_distribution(self):
+        from importlib.metadata import version
+
+        import hf_adafocal
+
+        assert hf_adafocal.__version__ == version("hf-adafocal")
