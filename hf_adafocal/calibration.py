@@ -11,7 +11,7 @@ from torch import Tensor
 from hf_adafocal.binning import BinStats, bin_statistics, equal_mass_edges
 from hf_adafocal.metrics import calibration_error
 
-IGNORED = -1.0  # stands in all three columns of a sample whose label is ignored
+IGNORED = -100.0  # in all three columns of a sample that does not count; the Trainer pads predictions with it too
 
 
 def per_sample(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:

@@ -5,6 +5,8 @@ python scripts/train_text.py --model_name_or_path distilbert/distilbert-base-unc
 accelerate launch scripts/train_text.py --loss cross_entropy     # any loss of LOSSES; `--help` lists all arguments
 """
 
+from accelerate import PartialState
+
 from hf_adafocal.evaluation import report_table
 from hf_adafocal.finetune import finetune, parse_arguments
 from hf_adafocal.tasks import TextTask
@@ -14,3 +16,4 @@ if __name__ == "__main__":
     report = finetune(task, args)
     if args.process_index == 0:
         print(report_table(report["test"]))
+    PartialState().destroy_process_group()
