@@ -39,7 +39,7 @@ def equal_width_edges(num_bins: int = 15) -> np.ndarray:
     array([0.  , 0.25, 0.5 , 0.75, 1.  ])
     """
     _check_num_bins(num_bins)
-    return np.linspace(0.0, 1.0, num_bins + 1)
+    return np.arange(num_bins + 1) / num_bins  # exact where linspace may miss by a rounding
 
 
 def equal_mass_edges(confidence: np.ndarray, num_bins: int = 15) -> np.ndarray:

@@ -6,6 +6,7 @@ prediction, and turns it into metrics and bin statistics once.
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hf_adafocal.binning import BinStats, bin_statistics, equal_mass_edges
@@ -32,14 +33,11 @@ def per_sample(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
         raise ValueError(
             f"Expected logits (N, C) and labels (N,), found {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    log_normaliser = logits.logsumexp(-1)
-    top, predicted = logits.max(-1)
+    log_p = F.log_softmax(logits, dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
+    top, predicted = log_p.max(-1)
     counted = labels != ignore_index
-    of_label = logits.gather(-1, labels.where(counted, 0).long()[..., None]).squeeze(-1)
-    # Rounding may put the top logit a little above the normaliser.
-    confidence = (top - log_normaliser).exp().clamp_max(1.0)
-    rows = torch.stack([confidence, (predicted == labels).to(confidence.dtype), log_normaliser - of_label], dim=-1)
+    of_label = log_p.gather(-1, labels.where(counted, 0).long()[..., None]).squeeze(-1)
+    rows = torch.stack([top.exp(), (predicted == labels).to(top.dtype), -of_label], dim=-1)
     return rows.where(counted[..., None], IGNORED)
 
 

@@ -67,7 +67,7 @@ def focal_loss(
     >>> focal_loss(torch.zeros(1, 2), torch.tensor([0]), gamma=1.0)  # log 2 / 2
     tensor(0.3466)
     """
-    _check(logits, labels, reduction)
+    _check(logits, labels, weight, reduction)
     labels = labels.long()
     ce = _cross_entropy(logits, labels, ignore_index)
     loss = modulate(ce, gamma)
@@ -94,10 +94,16 @@ def modulate(ce: Tensor, gamma: Gamma) -> Tensor:
 
     Returns:
         The modulated loss, the shape of `ce`.
+
+    Raises:
+        ValueError: If gamma is a tensor that does not broadcast to the shape of `ce`.
     """
     if callable(gamma):
         gamma = gamma(torch.exp(-ce.detach()))
     if isinstance(gamma, Tensor):
+        fits = (size in (1, wanted) for size, wanted in zip(gamma.shape[::-1], ce.shape[::-1], strict=False))
+        if gamma.ndim > ce.ndim or not all(fits):
+            raise ValueError(f"gamma must broadcast to shape {tuple(ce.shape)}, found {tuple(gamma.shape)}.")
         minus_q = torch.expm1(-ce)  # p - 1 without cancellation
         base = torch.where(gamma < 0, 2 + minus_q, -minus_q)
     elif gamma == 0:
@@ -121,7 +127,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
         ) from error
 
 
-def _check(logits: Tensor, labels: Tensor, reduction: str) -> None:
+def _check(logits: Tensor, labels: Tensor, weight: Tensor | None, reduction: str) -> None:
     if logits.ndim < 2 or labels.shape != logits.shape[:1] + logits.shape[2:]:
         raise ValueError(
             "Expected logits (N, C, d1, ...) and labels (N, d1, ...), "
@@ -130,6 +136,11 @@ def _check(logits: Tensor, labels: Tensor, reduction: str) -> None:
     if labels.dtype.is_floating_point or labels.dtype.is_complex or labels.dtype == torch.bool:
         raise ValueError(
             f"labels must be integer class indices, found {labels.dtype} of shape {tuple(labels.shape)} "
+            f"for logits of shape {tuple(logits.shape)}."
+        )
+    if weight is not None and weight.shape != logits.shape[1:2]:
+        raise ValueError(
+            f"weight must have one entry a class, shape ({logits.shape[1]},), found {tuple(weight.shape)} "
             f"for logits of shape {tuple(logits.shape)}."
         )
     if reduction not in ("mean", "sum", "none"):

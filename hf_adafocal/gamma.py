@@ -64,6 +64,6 @@ def update(
         raise ValueError(f"gammas and gap must have one shape, found {tuple(gammas.shape)} and {tuple(gap.shape)}.")
     if not torch.isfinite(gap).all():
         raise ValueError(f"The calibration gap must be finite, found {gap.tolist()}; check the held-out predictions.")
-    moved = gammas * torch.exp(torch.where(gammas > 0, lambda_, -lambda_) * gap)
-    crossed = torch.where(moved > 0, -switch, switch)
-    return torch.where(moved.abs() < switch, crossed, moved).clamp(gamma_min, gamma_max)
+    moved = gammas * torch.exp(lambda_ * torch.where(gammas > 0, gap, -gap))
+    other_side = torch.where(moved > 0, -torch.ones_like(moved), torch.ones_like(moved)) * switch
+    return torch.where(moved.abs() < switch, other_side, moved).clamp(gamma_min, gamma_max)

@@ -39,7 +39,8 @@ def top_label(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     """
     probabilities, labels = _check_multiclass(probabilities, labels)
     predicted = probabilities.argmax(axis=1)
-    return np.take_along_axis(probabilities, predicted[:, None], axis=1)[:, 0], predicted == labels
+    confidence = np.take_along_axis(probabilities, predicted[:, None], axis=1)[:, 0]
+    return np.minimum(confidence, 1), predicted == labels  # rounding may have put it a little above 1
 
 
 def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -158,8 +159,8 @@ def classwise_calibration_error(probabilities: np.ndarray, labels: np.ndarray, n
     Arguments as `expected_calibration_error`. Source: Kull et al. 2019, arXiv 1910.12656.
     """
     probabilities, labels = _check_multiclass(probabilities, labels)
-    classes = range(probabilities.shape[1])
-    return float(np.mean([calibration_error(probabilities[:, k], labels == k, num_bins) for k in classes]))
+    columns = np.minimum(probabilities, 1).T
+    return float(np.mean([calibration_error(column, labels == k, num_bins) for k, column in enumerate(columns)]))
 
 
 def calibration_report(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> dict[str, float | int]:

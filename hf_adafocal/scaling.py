@@ -21,25 +21,30 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: Class indices in `[0, C)`, shape `(N,)`.
 
     Returns:
-        T, no unit: above 1 softens over-confident predictions. If every sample is classified correctly T falls to the
-        search's bound, exp(-5).
+        T, no unit: above 1 softens over-confident predictions. If every sample is classified correctly there is no
+        minimum, and T is somewhere between the search's bound exp(-5) and 1.
 
     Raises:
-        ValueError: If shapes do not fit, or a logit is NaN or infinite.
+        ValueError: If shapes do not fit, a label is no class index, or a logit is NaN or infinite.
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
     """
-    logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels).long()
+    logits, labels = torch.as_tensor(logits).double(), torch.as_tensor(labels)
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise ValueError(
             f"Expected logits (N, C) and labels (N,) with N >= 1, found {tuple(logits.shape)} and "
             f"{tuple(labels.shape)}."
         )
+    if labels.is_floating_point() or labels.min() < 0 or labels.max() >= logits.shape[1]:
+        raise ValueError(
+            f"labels must be integers in [0, {logits.shape[1]}), found {labels.min()} to {labels.max()} as "
+            f"{labels.dtype}. Drop ignored samples first."
+        )
     if not torch.isfinite(logits).all():
         raise ValueError("Held-out logits must be finite, found NaN or infinite values.")
 
     def nll(log_temperature: float) -> float:
-        return F.cross_entropy(logits * math.exp(-log_temperature), labels).item()
+        return F.cross_entropy(logits * math.exp(-log_temperature), labels.long()).item()
 
     bounds = (-LOG_TEMPERATURE_BOUND, LOG_TEMPERATURE_BOUND)
     found = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})

@@ -322,6 +322,11 @@ class TestEveryMulticlassMetric:
             metric(np.array([[0.5, 0.5], [0.9, 1.0]]), [0, 1])
 
     @every_multiclass
+    def test_logits_that_happen_to_sum_to_one_are_an_error_too(self, metric):
+        with pytest.raises(ValueError, match="smallest value is -0.5.*look like logits"):
+            metric(np.array([[0.5, 0.5], [1.5, -0.5]]), [0, 1])
+
+    @every_multiclass
     def test_nan_is_an_error_that_counts_the_rows(self, metric):
         with pytest.raises(ValueError, match="NaN in 1 of 2 rows"):
             metric(np.array([[0.5, 0.5], [np.nan, 0.5]]), [0, 1])
