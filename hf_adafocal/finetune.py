@@ -66,9 +66,9 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
 
     report = {
         "test": split_report(test[:2], calibration[:2], args.num_bins),
-        "loss": {"name": args.loss, "settings": trainer.loss.extra_repr()},
+        "loss": {"name": args.loss, **args.loss_settings},
         "gamma": [
-            {"step": entry["step"], "gammas": [entry[name] for name in sorted(entry) if name.startswith("gamma_")]}
+            {"step": entry["step"], "gammas": [gamma for name, gamma in entry.items() if name.startswith("gamma_")]}
             for entry in trainer.state.log_history
             if "gamma_00" in entry
         ],

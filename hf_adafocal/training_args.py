@@ -1,6 +1,7 @@
 """Arguments of a calibrated fine-tune: those of `TrainingArguments`, and which loss."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
@@ -42,21 +43,26 @@ class AdaFocalTrainingArguments(TrainingArguments):
             raise ValueError(f"calibration_fraction must lie in [0, 1), found {self.calibration_fraction}.")
         super().__post_init__()
 
-    def build_loss(self) -> FocalFamilyLoss:
-        """The loss these arguments describe, freshly initialised.
-
-        Raises:
-            ValueError: If a setting of the loss is out of range.
-        """
-        settings = {
-            "focal": {"gamma": self.focal_gamma},
-            "adafocal": {
+    @property
+    def loss_settings(self) -> dict[str, Any]:
+        """Arguments of the loss, by the names of its constructor."""
+        if self.loss == "focal":
+            return {"gamma": self.focal_gamma}
+        if self.loss == "adafocal":
+            return {
                 "num_bins": self.num_bins,
                 "gamma_initial": self.gamma_initial,
                 "lambda_": self.gamma_lambda,
                 "switch": self.gamma_switch,
                 "gamma_min": self.gamma_min,
                 "gamma_max": self.gamma_max,
-            },
-        }
-        return LOSSES[self.loss](**settings.get(self.loss, {}))
+            }
+        return {}
+
+    def build_loss(self) -> FocalFamilyLoss:
+        """The loss these arguments describe, freshly initialised.
+
+        Raises:
+            ValueError: If a setting of the loss is out of range.
+        """
+        return LOSSES[self.loss](**self.loss_settings)

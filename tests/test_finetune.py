@@ -96,6 +96,9 @@ class TestFinetune:
         _, report = vision_run
         assert [entry["step"] for entry in report["gamma"]] == [7, 14]
         assert all(len(entry["gammas"]) == 15 for entry in report["gamma"])
+        assert report["loss"]["name"] == "adafocal" and report["loss"]["gamma_max"] == 20
+        saved = json.loads((vision_run[0] / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
+        assert report["gamma"][-1]["gammas"] == saved["gammas"]
 
     def test_one_seed_gives_one_result(self, vision_run, tmp_path):
         _, report = vision_run
