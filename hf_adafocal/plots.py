@@ -45,7 +45,7 @@ def reliability_diagram(diagrams: BinStats | Mapping[str, BinStats], *, accuracy
         Patch(facecolor=GAP, alpha=0.35, label="gap to confidence"),
         Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="calibrated"),
     ]
-    grid[0, 0].legend(handles=legend, fontsize=STYLE["notesize"], loc="upper left", frameon=False)
+    figure.legend(handles=legend, fontsize=STYLE["notesize"], loc="outside lower center", ncols=3, frameon=False)
     return figure
 
 
@@ -108,7 +108,7 @@ def comparison_chart(errors: Mapping[str, Mapping[str, Sequence[float]]], label:
     _frame(axes)
     axes.set_xlim(0)
     axes.set_xlabel(label, fontsize=STYLE["labelsize"])
-    axes.legend(fontsize=STYLE["notesize"], frameon=False)
+    figure.legend(fontsize=STYLE["notesize"], loc="outside upper right", ncols=len(kinds), frameon=False)
     return figure
 
 
