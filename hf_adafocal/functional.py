@@ -98,20 +98,21 @@ def modulate(ce: Tensor, gamma: Gamma) -> Tensor:
     Raises:
         ValueError: If gamma is a tensor that does not broadcast to the shape of `ce`.
     """
+    minus_q = torch.expm1(-ce)  # p - 1 without cancellation
     if callable(gamma):
-        gamma = gamma(torch.exp(-ce.detach()))
+        gamma = gamma(1 + minus_q.detach())
+    tiny = torch.finfo(ce.dtype).tiny  # at p = 1 the base would be 0, where a power below 1 has no finite slope
     if isinstance(gamma, Tensor):
         fits = (size in (1, wanted) for size, wanted in zip(gamma.shape[::-1], ce.shape[::-1], strict=False))
         if gamma.ndim > ce.ndim or not all(fits):
             raise ValueError(f"gamma must broadcast to shape {tuple(ce.shape)}, found {tuple(gamma.shape)}.")
-        minus_q = torch.expm1(-ce)  # p - 1 without cancellation
-        base = torch.where(gamma < 0, 2 + minus_q, -minus_q)
+        sign = gamma.to(ce.dtype).sign()
+        base = torch.addcmul((1 - sign).clamp_min(tiny), sign, minus_q, value=-1)  # 1 - sign p
     elif gamma == 0:
         return ce
     else:
-        base = 2 + torch.expm1(-ce) if gamma < 0 else -torch.expm1(-ce)
-    # At p = 1 the base is 0, where a power below 1 has no finite slope.
-    return base.clamp_min(torch.finfo(base.dtype).tiny) ** abs(gamma) * ce
+        base = 2 + minus_q if gamma < 0 else tiny - minus_q
+    return base ** abs(gamma) * ce
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

@@ -24,7 +24,7 @@ def lookup(p: Tensor, edges: Tensor, gammas: Tensor) -> Tensor:
     >>> lookup(torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, -1.0]))
     tensor([ 3., -1., -1.])
     """
-    return gammas[torch.bucketize(p, edges[1:-1], right=True)]
+    return gammas.take(torch.bucketize(p, edges[1:-1], right=True))
 
 
 def update(

@@ -1,6 +1,7 @@
 """Temperature scaling: one number fitted on held-out logits."""
 
 import math
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -21,8 +22,8 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         labels: Class indices in `[0, C)`, shape `(N,)`.
 
     Returns:
-        T, no unit: above 1 softens over-confident predictions. If every sample is classified correctly there is no
-        minimum, and T is somewhere between the search's bound exp(-5) and 1.
+        T, no unit: above 1 softens over-confident predictions. If every sample is classified correctly the NLL has no
+        minimum (T would fall to 0 and one later mistake would cost hundreds of nats): T is then 1, with a warning.
 
     Raises:
         ValueError: If shapes do not fit, a label is no class index, or a logit is NaN or infinite.
@@ -42,6 +43,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         )
     if not torch.isfinite(logits).all():
         raise ValueError("Held-out logits must be finite, found NaN or infinite values.")
+
+    if (logits.argmax(dim=-1) == labels).all():
+        warnings.warn(
+            f"All {len(labels)} held-out samples are classified correctly, so no temperature fits best: T stays 1. "
+            "Hold out more samples.",
+            stacklevel=2,
+        )
+        return 1.0
 
     def nll(log_temperature: float) -> float:
         return F.cross_entropy(logits * math.exp(-log_temperature), labels.long()).item()

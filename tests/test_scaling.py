@@ -57,11 +57,16 @@ class TestFitTemperature:
         assert found == pytest.approx(math.exp(LOG_TEMPERATURE_BOUND), rel=1e-3)
 
     @pytest.mark.parametrize("margin", [0.1, 1.0, 10.0, 100.0])
-    def test_logits_that_are_always_right_are_sharpened_within_the_bound(self, margin):
+    def test_where_every_sample_is_right_no_temperature_fits_best_and_it_is_one(self, margin):
         labels = torch.arange(5).repeat(4)
-        found = fit_temperature(margin * F.one_hot(labels, 5), labels)
-        assert math.exp(-LOG_TEMPERATURE_BOUND) * 0.999 <= found <= 1
-        assert margin > 10 or found < 0.2  # at 100 the NLL is 0 to the last bit already
+        with pytest.warns(UserWarning, match="All 20 held-out samples are classified correctly.*T stays 1"):
+            assert fit_temperature(margin * F.one_hot(labels, 5), labels) == 1.0
+
+    def test_one_mistake_is_enough_for_a_finite_temperature(self):
+        labels = torch.arange(5).repeat(4)
+        logits = F.one_hot(labels, 5).double()
+        logits[0] = torch.tensor([0.9, 1.0, 0.0, 0.0, 0.0])
+        assert 0.01 < fit_temperature(logits, labels) < 0.2
 
     @pytest.mark.parametrize("labels", [[0.0, 1.0], [0, 3], [-100, 1]])
     def test_labels_that_are_no_classes_are_an_error(self, labels):
