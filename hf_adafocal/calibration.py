@@ -19,12 +19,12 @@ def per_sample(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tens
     """Confidence, correctness and NLL of each sample.
 
     Args:
-        logits: Classes last, shape `(N, C)` or `(N, L, C)`; computed in float32 or wider.
-        labels: Class indices or `ignore_index`, shape `(N,)` or `(N, L)`.
+        logits: Classes last, shape `(N, C)` or `(N, d1, ..., C)`; computed in float32 or wider.
+        labels: Class indices or `ignore_index`, shape `(N,)` or `(N, d1, ...)`.
         ignore_index: Label of samples that do not count; their row is `IGNORED`.
 
     Returns:
-        Rows `(confidence, correct, nll in nats)`, shape `(N, 3)` or `(N, L, 3)`.
+        Rows `(confidence, correct, nll in nats)`, shape `(N, 3)` or `(N, d1, ..., 3)`.
 
     Raises:
         ValueError: If the shapes do not fit.

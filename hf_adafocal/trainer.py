@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from sklearn.model_selection import train_test_split
 from torch.utils.data import Subset
 from transformers import Trainer, TrainingArguments
@@ -29,7 +30,9 @@ class AdaFocalTrainer(Trainer):
     AdaFocal updates gamma after each evaluation during training.
 
     Args:
-        model: As in `Trainer`; its output has `logits`, shape `(N, C)` or, for token classification, `(N, L, C)`.
+        model: As in `Trainer`; its output has `logits`, shape `(N, C)`; `(N, L, C)` for token classification; or
+            `(N, C, H, W)` for segmentation, resized to the labels as transformers' own losses do. Each token or pixel
+            counts as a sample unless its label is -100.
         args: `AdaFocalTrainingArguments`, or plain `TrainingArguments` for AdaFocal with the paper's settings.
         calibration_dataset: Held-out data that drives gamma. Left out, it is carved from `train_dataset` if
             `calibration_fraction` says so, else it is `eval_dataset` (of a dict, the entry named "calibration"). If
@@ -99,7 +102,7 @@ class AdaFocalTrainer(Trainer):
         outputs = model(**{name: value for name, value in inputs.items() if name != "labels"})
         if not isinstance(outputs, dict):  # the Trainer drops the first entry of anything else
             outputs = {"logits": outputs if isinstance(outputs, torch.Tensor) else outputs[0]}
-        logits = outputs["logits"]
+        logits = _classes_last(outputs["logits"], labels)
         if model.training:
             loss = self._training_loss(logits, labels, num_items_in_batch)
         else:
@@ -107,7 +110,7 @@ class AdaFocalTrainer(Trainer):
         return (loss, outputs) if return_outputs else loss
 
     def _training_loss(self, logits, labels, num_items_in_batch):
-        logits = logits.movedim(-1, 1)  # classes second: the same for (N, C), needed for (N, L, C)
+        logits = logits.movedim(-1, 1)  # losses take the classes second
         # Read by training_step of transformers >= 5.20; older releases draw the same conclusion themselves.
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is None:
@@ -174,6 +177,15 @@ class AdaFocalTrainer(Trainer):
     @property
     def _num_bins(self) -> int:
         return getattr(self.args, "num_bins", 15)
+
+
+def _classes_last(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    """Logits `(N, C)` and `(N, L, C)` as they are; those of segmentation, `(N, C, h, w)`, as `(N, H, W, C)`."""
+    if logits.ndim != 4:
+        return logits
+    if logits.shape[2:] != labels.shape[1:]:
+        logits = F.interpolate(logits, size=labels.shape[1:], mode="bilinear", align_corners=False)
+    return logits.movedim(1, -1)
 
 
 def _refuse_ignored_arguments(args: TrainingArguments, kwargs: dict) -> None:

@@ -13,6 +13,8 @@ from transformers import (
     BertForTokenClassification,
     DataCollatorForTokenClassification,
     PreTrainedTokenizerFast,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -242,6 +244,38 @@ class TestTokenClassification:
         assert counted.sum() == sum(len(row) - 1 for row in data["input_ids"])
         assert output.metrics["test_accuracy"] == pytest.approx(correct.mean())
         assert correct.mean() > 0.5
+        assert run.loss.gammas.ne(1).all()
+
+
+class TestSegmentation:
+    def test_pixels_are_the_samples_and_small_logits_are_resized_to_the_labels(self, tmp_path):
+        set_seed(0)
+        config = SegformerConfig(
+            num_encoder_blocks=2, depths=[1, 1], sr_ratios=[1, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3],
+            strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, num_labels=3,
+            classifier_dropout_prob=0.0,
+        )  # fmt: skip
+        generator = torch.Generator().manual_seed(0)
+        labels = torch.randint(0, 3, (12, 4, 4), generator=generator).repeat_interleave(4, 1).repeat_interleave(4, 2)
+        pixels = torch.nn.functional.one_hot(labels, 3).permute(0, 3, 1, 2) + torch.randn(
+            12, 3, 16, 16, generator=generator
+        )
+        labels[:, 0] = -100
+        data = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
+        model = SegformerForSemanticSegmentation(config)
+        run = AdaFocalTrainer(
+            model, tiny.arguments(tmp_path, num_train_epochs=4), train_dataset=data, eval_dataset=data
+        )
+        run.train()
+        metrics = run.evaluate()
+        with torch.no_grad():
+            logits = model.eval()(pixel_values=pixels).logits
+        assert logits.shape[2:] == (8, 8)
+        logits = torch.nn.functional.interpolate(logits, size=(16, 16), mode="bilinear", align_corners=False)
+        expected = torch.nn.functional.cross_entropy(logits, labels).item()
+        correct = (logits.argmax(1) == labels)[labels != -100].float().mean().item()
+        assert metrics["eval_nll"] == pytest.approx(expected, rel=1e-5)
+        assert metrics["eval_accuracy"] == pytest.approx(correct)
         assert run.loss.gammas.ne(1).all()
 
 
