@@ -4,13 +4,23 @@ Conventions, the same everywhere: results are fractions, not percent; bins are t
 bin contributes 0. Multiclass functions take `(N, C)` probabilities and look at the top label unless they say
 "classwise"; `binary_*` functions take `(N,)` probabilities of class 1. Logits are refused: `softmax` turns them into
 probabilities.
+
+Passes over the `(N, C)` array are what these functions cost, so each reads it once, in chunks of rows that stay in the
+cache: a chunk is checked and used before the next one is touched. Sums are in float64.
 """
 
+from collections.abc import Callable, Iterator
 from typing import Literal
 
 import numpy as np
 
-from hf_adafocal.binning import bin_statistics, equal_mass_edges, equal_width_edges
+from hf_adafocal.binning import BinStats, bin_statistics, equal_mass_edges, equal_width_edges
+
+Scheme = Literal["equal_width", "equal_mass"]
+Norm = Literal["l1", "l2", "max"]
+
+_CHUNK_VALUES = 1 << 18  # 1 MiB in float32 and 2 MiB as their float64 copy
+_CHUNK_ROWS = 1 << 12  # short vectors are cheap to allocate again and again
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -37,15 +47,14 @@ def top_label(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     Raises:
         ValueError: If the shapes do not fit, a label is out of range, or rows are not probabilities.
     """
-    probabilities, labels = _check_multiclass(probabilities, labels)
-    predicted = probabilities.argmax(axis=1)
-    confidence = np.take_along_axis(probabilities, predicted[:, None], axis=1)[:, 0]
-    return np.minimum(confidence, 1), predicted == labels  # rounding may have put it a little above 1
+    probabilities, labels = _as_multiclass(probabilities, labels)
+    return _top_label(probabilities, labels, _predicted(probabilities))
 
 
 def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Share of samples whose most probable class is the label; arguments as `top_label`."""
-    return float(top_label(probabilities, labels)[1].mean())
+    probabilities, labels = _as_multiclass(probabilities, labels)
+    return float(np.mean(_predicted(probabilities) == labels))
 
 
 def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -56,8 +65,10 @@ def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> fl
     >>> round(negative_log_likelihood(np.array([[0.25, 0.75]]), np.array([1])), 4)
     0.2877
     """
-    probabilities, labels = _check_multiclass(probabilities, labels)
-    return _mean_nll(np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0])
+    probabilities, labels = _as_multiclass(probabilities, labels)
+    for _ in _checked_chunks(probabilities):
+        pass
+    return _mean_nll(_at(probabilities, labels))
 
 
 def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
@@ -68,10 +79,12 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
     >>> brier_score(np.array([[0.25, 0.75]]), np.array([1]))
     0.125
     """
-    probabilities, labels = _check_multiclass(probabilities, labels)
-    of_label = np.take_along_axis(probabilities, labels[:, None], axis=1)[:, 0].astype(np.float64)
-    squares = np.einsum("nc,nc->n", probabilities, probabilities, dtype=np.float64)
-    return float(np.mean(squares - 2 * of_label + 1))
+    probabilities, labels = _as_multiclass(probabilities, labels)
+    squares = 0.0
+    for _, chunk in _checked_chunks(probabilities):
+        wide = chunk.astype(np.float64)
+        squares += np.vdot(wide, wide)
+    return _brier(squares, _at(probabilities, labels))
 
 
 def calibration_error(
@@ -79,8 +92,8 @@ def calibration_error(
     correct: np.ndarray,
     num_bins: int = 15,
     *,
-    scheme: Literal["equal_width", "equal_mass"] = "equal_width",
-    norm: Literal["l1", "max"] = "l1",
+    scheme: Scheme = "equal_width",
+    norm: Norm = "l1",
 ) -> float:
     """Gap between confidence and accuracy over bins, for any (confidence, correct) pairs.
 
@@ -89,7 +102,8 @@ def calibration_error(
         correct: 1 where it was, 0 where it was not, shape `(N,)`.
         num_bins: Number of bins.
         scheme: Bins of one width on [0, 1], or bins that hold about the same number of samples.
-        norm: "l1" weighs the absolute gaps by the samples in the bin; "max" takes the largest.
+        norm: "l1" is the mean of the absolute gaps and "l2" the root of the mean of their squares, both weighted by
+            the samples in the bin; "max" is the largest gap.
 
     Returns:
         The calibration error, a fraction in [0, 1].
@@ -97,20 +111,7 @@ def calibration_error(
     Raises:
         ValueError: If the shapes differ, a confidence is outside [0, 1], or a name is not one of those above.
     """
-    confidence, correct = _check_pairs(confidence, correct)
-    if scheme == "equal_width":
-        edges = equal_width_edges(num_bins)
-    elif scheme == "equal_mass":
-        edges = equal_mass_edges(confidence, num_bins)
-    else:
-        raise ValueError(f"scheme must be 'equal_width' or 'equal_mass', found {scheme!r}.")
-    stats = bin_statistics(confidence, correct, edges)
-    gap = np.abs(stats.gap)
-    if norm == "l1":
-        return float(gap @ stats.count / stats.count.sum())
-    if norm == "max":
-        return float(gap.max())
-    raise ValueError(f"norm must be 'l1' or 'max', found {norm!r}.")
+    return _error(_statistics(*_check_pairs(confidence, correct), num_bins, scheme), norm)
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
@@ -153,14 +154,76 @@ def maximum_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num
     return calibration_error(*top_label(probabilities, labels), num_bins, norm="max")
 
 
-def classwise_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+def classwise_calibration_error(
+    probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15, *, scheme: Scheme = "equal_width"
+) -> float:
     """Classwise ECE: ECE of each class's probability against "is this the label", averaged over the C classes.
 
-    Arguments as `expected_calibration_error`. Source: Kull et al. 2019, arXiv 1910.12656.
+    Arguments as `expected_calibration_error`; `scheme` as `calibration_error`, where bins of "equal_mass" are those of
+    each class. Source: Kull et al. 2019, arXiv 1910.12656.
     """
-    probabilities, labels = _check_multiclass(probabilities, labels)
-    columns = np.minimum(probabilities, 1).T
-    return float(np.mean([calibration_error(column, labels == k, num_bins) for k, column in enumerate(columns)]))
+    if scheme != "equal_width":
+        return in_mode(calibration_error, probabilities, labels, "classwise", num_bins=num_bins, scheme=scheme)
+    probabilities, labels = _as_multiclass(probabilities, labels)
+    edges, gaps = equal_width_edges(num_bins), np.zeros((probabilities.shape[1], num_bins))
+    for rows, chunk in _checked_chunks(probabilities):
+        _add_class_gaps(gaps, chunk, chunk.astype(np.float64), labels[rows], edges)
+    return _mean_class_error(gaps, len(labels))
+
+
+def class_adaptive_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
+    """ACE: mean absolute gap over all classes and the equal-mass bins of each class's probability.
+
+    AdaECE (`adaptive_calibration_error`) looks at the top label alone; this looks at the probability of every class.
+    `classwise_calibration_error` with "equal_mass" bins weighs a bin by its samples, ACE weighs all bins alike: the
+    two differ only where the bins do not hold the same number. Samples with one probability share a bin, so some bins
+    may be empty; the mean is over the others.
+
+    Arguments as `expected_calibration_error`. Source: Nixon et al. 2019, arXiv 1904.01685.
+
+    >>> class_adaptive_calibration_error(np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1]))
+    0.25
+    """
+    return in_mode(_mean_gap, probabilities, labels, "classwise", num_bins=num_bins)
+
+
+def in_mode(
+    metric: Callable[..., float],
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    mode: Literal["top_label", "classwise", "binary"] = "top_label",
+    **options,
+) -> float:
+    """A metric of (confidence, correct) pairs, applied to the pairs that a mode makes of the predictions.
+
+    Args:
+        metric: Function of a probability in [0, 1] and a 0/1 outcome, both shape `(N,)`, such as `calibration_error`.
+        probabilities: Shape `(N, C)`, rows sum to 1; for "binary" the probability of class 1, shape `(N,)`.
+        labels: Class indices in `[0, C)`, shape `(N,)`; for "binary" 0 or 1.
+        mode: "top_label" asks whether the predicted class is the label, given its probability; "classwise" whether
+            class k is, given the probability of class k, and takes the mean over the C classes; "binary" whether
+            class 1 is, given its probability.
+        **options: Passed on to the metric.
+
+    Returns:
+        What the metric returns; in "classwise" mode its mean.
+
+    Raises:
+        ValueError: As `top_label`, or as `binary_expected_calibration_error` for "binary"; if `mode` is none of those.
+
+    >>> in_mode(calibration_error, np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1]), "classwise", norm="max")
+    0.25
+    """
+    if mode == "top_label":
+        return metric(*top_label(probabilities, labels), **options)
+    if mode == "binary":
+        return metric(*_check_pairs(probabilities, labels), **options)
+    if mode != "classwise":
+        raise ValueError(f"mode must be 'top_label', 'classwise' or 'binary', found {mode!r}.")
+    probabilities, labels = _as_multiclass(probabilities, labels)
+    for _ in _checked_chunks(probabilities):
+        pass
+    return float(np.mean([metric(column, labels == k, **options) for k, column in enumerate(_columns(probabilities))]))
 
 
 def calibration_report(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> dict[str, float | int]:
@@ -177,17 +240,27 @@ def calibration_report(probabilities: np.ndarray, labels: np.ndarray, num_bins: 
     Raises:
         ValueError: As `top_label`.
     """
-    confidence, correct = top_label(probabilities, labels)
+    probabilities, labels = _as_multiclass(probabilities, labels)
+    edges, gaps = equal_width_edges(num_bins), np.zeros((probabilities.shape[1], num_bins))
+    predicted, squares = np.empty(len(labels), dtype=np.intp), 0.0
+    for rows, chunk in _checked_chunks(probabilities):
+        chunk.argmax(axis=1, out=predicted[rows])
+        wide = chunk.astype(np.float64)
+        squares += np.vdot(wide, wide)
+        _add_class_gaps(gaps, chunk, wide, labels[rows], edges)
+    of_label = _at(probabilities, labels)
+    confidence, correct = _top_label(probabilities, labels, predicted)
+    equal_width = _statistics(confidence, correct, num_bins, "equal_width")
     return {
-        "num_samples": len(confidence),
+        "num_samples": len(labels),
         "num_bins": num_bins,
         "accuracy": float(correct.mean()),
-        "nll": negative_log_likelihood(probabilities, labels),
-        "brier": brier_score(probabilities, labels),
-        "ece": calibration_error(confidence, correct, num_bins),
-        "ada_ece": calibration_error(confidence, correct, num_bins, scheme="equal_mass"),
-        "classwise_ece": classwise_calibration_error(probabilities, labels, num_bins),
-        "mce": calibration_error(confidence, correct, num_bins, norm="max"),
+        "nll": _mean_nll(of_label),
+        "brier": _brier(squares, of_label),
+        "ece": _error(equal_width, "l1"),
+        "ada_ece": _error(_statistics(confidence, correct, num_bins, "equal_mass"), "l1"),
+        "classwise_ece": _mean_class_error(gaps, len(labels)),
+        "mce": _error(equal_width, "max"),
     }
 
 
@@ -230,16 +303,101 @@ def binary_calibration_report(probabilities: np.ndarray, labels: np.ndarray, num
         `num_samples`, `num_bins`, `accuracy`, `nll` (nats), `brier`, `ece`, `ada_ece`, `mce`.
     """
     probabilities, labels = _check_pairs(probabilities, labels)
+    equal_width = _statistics(probabilities, labels, num_bins, "equal_width")
     return {
         "num_samples": len(labels),
         "num_bins": num_bins,
         "accuracy": float(np.mean((probabilities > 0.5) == labels)),
         "nll": _mean_nll(np.where(labels == 1, probabilities, 1 - probabilities)),
         "brier": float(np.mean((probabilities - labels) ** 2)),
-        "ece": calibration_error(probabilities, labels, num_bins),
-        "ada_ece": calibration_error(probabilities, labels, num_bins, scheme="equal_mass"),
-        "mce": calibration_error(probabilities, labels, num_bins, norm="max"),
+        "ece": _error(equal_width, "l1"),
+        "ada_ece": _error(_statistics(probabilities, labels, num_bins, "equal_mass"), "l1"),
+        "mce": _error(equal_width, "max"),
     }
+
+
+def _statistics(confidence: np.ndarray, correct: np.ndarray, num_bins: int, scheme: Scheme) -> BinStats:
+    if scheme == "equal_width":
+        return bin_statistics(confidence, correct, equal_width_edges(num_bins))
+    if scheme == "equal_mass":
+        return bin_statistics(confidence, correct, equal_mass_edges(confidence, num_bins))
+    raise ValueError(f"scheme must be 'equal_width' or 'equal_mass', found {scheme!r}.")
+
+
+def _error(stats: BinStats, norm: Norm) -> float:
+    gap = np.abs(stats.gap)
+    if norm == "l1":
+        return float(gap @ stats.count / stats.count.sum())
+    if norm == "l2":
+        return float(np.sqrt(gap**2 @ stats.count / stats.count.sum()))
+    if norm == "max":
+        return float(gap.max())
+    raise ValueError(f"norm must be 'l1', 'l2' or 'max', found {norm!r}.")
+
+
+def _mean_gap(confidence: np.ndarray, correct: np.ndarray, num_bins: int) -> float:
+    stats = _statistics(confidence, correct, num_bins, "equal_mass")
+    return float(np.abs(stats.gap).sum() / np.count_nonzero(stats.count))
+
+
+def _add_class_gaps(
+    gaps: np.ndarray, chunk: np.ndarray, wide: np.ndarray, labels: np.ndarray, edges: np.ndarray
+) -> None:
+    """Add probability minus outcome of each entry of `chunk` to `gaps[class, bin]`.
+
+    Of many classes nearly all probabilities lie in the first bin. It gets the sums of whole columns; then the few
+    entries beyond the first edge move on, each to its own bin by the rule of `bin_statistics`.
+    """
+    classes, num_bins = gaps.shape
+    just_before = np.nextafter(chunk.dtype.type(edges[1]), 0, dtype=chunk.dtype)  # of the first edge, which is rounded
+    beyond = np.flatnonzero(chunk > just_before)
+    row = beyond // classes
+    column = beyond - row * classes
+    value = wide.ravel()[beyond]
+    outcome = labels[row] == column
+    first = np.ones(len(wide)) @ wide - np.bincount(labels, minlength=classes)
+    np.subtract.at(first, column, value - outcome)
+    gaps[:, 0] += first
+    np.minimum(value, 1, out=value)  # rounding may have put it a little above
+    np.add.at(gaps.reshape(-1), column * num_bins + _equal_width_index(value, edges), value - outcome)
+
+
+def _equal_width_index(value: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    """The bin `(lower, upper]` of each value in (0, 1]: by a product, put right where that is rounded."""
+    index = np.ceil(value * (len(edges) - 1)).astype(np.intp) - 1
+    index += value > edges[index + 1]
+    index -= value <= edges[index]
+    return index
+
+
+def _mean_class_error(gaps: np.ndarray, size: int) -> float:
+    return float(np.abs(gaps).sum() / (size * len(gaps)))
+
+
+def _columns(probabilities: np.ndarray) -> Iterator[np.ndarray]:
+    """Columns in float64, at most 1; several are copied at once, because memory is read in pieces of rows."""
+    step = max(1, 16 * _CHUNK_VALUES // len(probabilities))
+    for start in range(0, probabilities.shape[1], step):
+        yield from np.minimum(probabilities[:, start : start + step].T, 1, dtype=np.float64, order="C")
+
+
+def _at(probabilities: np.ndarray, classes: np.ndarray) -> np.ndarray:
+    return np.take_along_axis(probabilities, classes[:, None], axis=1)[:, 0]
+
+
+def _predicted(probabilities: np.ndarray) -> np.ndarray:
+    predicted = np.empty(len(probabilities), dtype=np.intp)
+    for rows, chunk in _checked_chunks(probabilities):
+        chunk.argmax(axis=1, out=predicted[rows])
+    return predicted
+
+
+def _top_label(probabilities: np.ndarray, labels: np.ndarray, predicted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return np.minimum(_at(probabilities, predicted), 1), predicted == labels  # rounding may have put it above 1
+
+
+def _brier(squares: float, of_label: np.ndarray) -> float:
+    return float(1 + (squares - 2 * of_label.sum(dtype=np.float64)) / len(of_label))
 
 
 def _mean_nll(of_label: np.ndarray) -> float:
@@ -263,7 +421,7 @@ def _check_pairs(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarra
     return confidence, correct
 
 
-def _check_multiclass(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def _as_multiclass(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     probabilities, labels = np.asarray(probabilities), np.asarray(labels)
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or probabilities.size == 0:
         raise ValueError(
@@ -279,15 +437,42 @@ def _check_multiclass(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np
         )
     if not np.issubdtype(probabilities.dtype, np.floating):
         probabilities = probabilities.astype(np.float64)
-    tolerance = 1e-2 if probabilities.dtype.itemsize < 4 else 1e-3  # what a softmax in that precision can miss
+    return probabilities, labels.astype(np.intp, copy=False)
+
+
+def _checked_chunks(probabilities: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Chunks of rows, each found to be probabilities before it is handed out.
+
+    Raises:
+        ValueError: If any row of the array is not.
+    """
+    step = min(_CHUNK_ROWS, max(1, _CHUNK_VALUES // probabilities.shape[1]))
+    quick = np.promote_types(probabilities.dtype, np.float32)
+    ones = np.ones(probabilities.shape[1], dtype=quick)
+    certain = _tolerance(probabilities) / 2  # the other half is more than these sums can be off
+    passed = False
+    for start in range(0, len(probabilities), step):
+        rows = slice(start, start + step)
+        chunk = probabilities[rows]
+        off = np.abs(chunk.astype(quick, copy=False) @ ones - 1)
+        if not (passed or (chunk.min() >= 0 and off.max() <= certain)):  # also with NaN
+            _check_rows(probabilities)
+            passed = True
+        yield rows, chunk
+
+
+def _tolerance(probabilities: np.ndarray) -> float:
+    return 1e-2 if probabilities.dtype.itemsize < 4 else 1e-3  # what a softmax in that precision can miss
+
+
+def _check_rows(probabilities: np.ndarray) -> None:
     sums = probabilities.sum(axis=1, dtype=np.float64)
     if np.isnan(sums).any():
         raise ValueError(f"probabilities hold NaN in {np.count_nonzero(np.isnan(sums))} of {len(sums)} rows.")
-    if probabilities.min() < 0 or np.abs(sums - 1).max() > tolerance:
+    if probabilities.min() < 0 or np.abs(sums - 1).max() > _tolerance(probabilities):
         worst = np.abs(sums - 1).argmax()
         raise ValueError(
             f"Each row of probabilities must be non-negative and sum to 1; the smallest value is "
             f"{probabilities.min():.4g} and row {worst} sums to {sums[worst]:.4g}. These look like logits: "
             "pass softmax(logits)."
         )
-    return probabilities, labels

@@ -11,6 +11,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_adafocal import metrics
 from hf_adafocal.binning import equal_mass_edges, equal_width_edges
 from hf_adafocal.metrics import (
     accuracy,
@@ -22,8 +23,10 @@ from hf_adafocal.metrics import (
     brier_score,
     calibration_error,
     calibration_report,
+    class_adaptive_calibration_error,
     classwise_calibration_error,
     expected_calibration_error,
+    in_mode,
     maximum_calibration_error,
     negative_log_likelihood,
     softmax,
@@ -39,6 +42,7 @@ MULTICLASS = [
     adaptive_calibration_error,
     maximum_calibration_error,
     classwise_calibration_error,
+    class_adaptive_calibration_error,
     calibration_report,
 ]
 BINNED = [
@@ -46,6 +50,7 @@ BINNED = [
     adaptive_calibration_error,
     maximum_calibration_error,
     classwise_calibration_error,
+    class_adaptive_calibration_error,
 ]
 BINARY = [
     binary_expected_calibration_error,
@@ -53,7 +58,8 @@ BINARY = [
     binary_maximum_calibration_error,
     binary_calibration_report,
 ]
-OPTIONS = [{"scheme": scheme, "norm": norm} for scheme in ("equal_width", "equal_mass") for norm in ("l1", "max")]
+NORMS = ("l1", "l2", "max")
+OPTIONS = [{"scheme": scheme, "norm": norm} for scheme in ("equal_width", "equal_mass") for norm in NORMS]
 every_option = pytest.mark.parametrize("options", OPTIONS, ids=lambda o: "-".join(o.values()))
 every_multiclass = pytest.mark.parametrize("metric", MULTICLASS, ids=lambda f: f.__name__)
 every_binned = pytest.mark.parametrize("metric", BINNED, ids=lambda f: f.__name__)
@@ -153,6 +159,14 @@ class TestCalibrationError:
             assert found == pytest.approx(reference.calibration_error(*pairs, edges.tolist()), abs=1e-12)
             found = calibration_error(*pairs, num_bins, scheme=scheme, norm="max")
             assert found == pytest.approx(reference.largest_gap(*pairs, edges.tolist()), abs=1e-12)
+            squares = sum(n * (c - a) ** 2 for n, c, a in reference.bins(*pairs, edges.tolist()))
+            found = calibration_error(*pairs, num_bins, scheme=scheme, norm="l2")
+            assert found == pytest.approx(math.sqrt(squares / len(pairs[0])), abs=1e-9)
+
+    @given(pairs=PAIRS, num_bins=NUM_BINS)
+    def test_the_norms_ascend(self, pairs, num_bins):
+        l1, l2, largest = (calibration_error(*pairs, num_bins, norm=norm) for norm in NORMS)
+        assert l1 <= l2 + 1e-12 and l2 <= largest + 1e-12
 
     @every_option
     @given(pairs=PAIRS, num_bins=NUM_BINS)
@@ -210,10 +224,11 @@ class TestCalibrationError:
         # bins (.5, 1] and [0, .5]: 3/4 |.8 - 2/3| + 1/4 |.4 - 1|
         confidence, correct = [0.7, 0.8, 0.9, 0.4], [1, 0, 1, 1]
         assert calibration_error(confidence, correct, 2) == pytest.approx(0.75 * (0.8 - 2 / 3) + 0.15)
+        assert calibration_error(confidence, correct, 2, norm="l2") == pytest.approx(math.sqrt(0.04 / 3 + 0.09))
         assert calibration_error(confidence, correct, 2, norm="max") == pytest.approx(0.6)
 
     @pytest.mark.parametrize(
-        ("option", "match"), [({"scheme": "quantile"}, "'equal_mass'"), ({"norm": "l2"}, "'max'")]
+        ("option", "match"), [({"scheme": "quantile"}, "'equal_mass'"), ({"norm": "l3"}, "'l2' or 'max'")]
     )
     def test_an_unknown_name_is_an_error(self, option, match):
         with pytest.raises(ValueError, match=match):
@@ -309,6 +324,206 @@ class TestClasswiseCalibrationError:
         both = [binary_expected_calibration_error(probabilities[:, k], labels == k) for k in (0, 1)]
         assert classwise_calibration_error(probabilities, labels) == pytest.approx(np.mean(both))
 
+    @given(data=st.data(), num_bins=st.sampled_from([1, 2, 3, 10, 15, 49]), dtype=st.sampled_from("efd"))
+    def test_probabilities_on_and_beside_the_edges_are_in_the_bin_of_the_slow_loop(self, data, num_bins, dtype):
+        step = st.integers(0, num_bins).map(lambda k: np.dtype(dtype).type(k / num_bins))
+        beside = st.tuples(step, st.sampled_from([0, 1])).map(lambda pair: np.nextafter(*np.array(pair, dtype=dtype)))
+        column = np.array(data.draw(st.lists(st.one_of(step, beside), min_size=1, max_size=30)), dtype=dtype)
+        probabilities = np.stack([column, 1 - column], axis=1)
+        labels = np.array(data.draw(st.lists(st.integers(0, 1), min_size=len(column), max_size=len(column))))
+        expected = reference.classwise_calibration_error(probabilities.tolist(), labels, num_bins)
+        assert classwise_calibration_error(probabilities, labels, num_bins) == pytest.approx(expected, abs=1e-12)
+
+    @pytest.mark.parametrize("num_bins", [25, 29, 41, 49])  # where k / num_bins * num_bins is not always k
+    def test_every_edge_is_in_the_bin_below_it(self, num_bins):
+        edges = equal_width_edges(num_bins)[1:-1]
+        column = np.concatenate([edges, edges, np.nextafter(edges, 1)])
+        labels = np.repeat([1, 0, 0], len(edges))
+        probabilities = np.stack([column, 1 - column], axis=1)
+        expected = reference.classwise_calibration_error(probabilities.tolist(), labels, num_bins)
+        assert classwise_calibration_error(probabilities, labels, num_bins) == pytest.approx(expected, abs=1e-12)
+
+    def test_a_probability_that_rounding_puts_above_one_counts_as_one(self):
+        assert classwise_calibration_error([[1.0005, 0.0]], [0], 10) == 0
+        assert classwise_calibration_error([[1.0005, 0.0]], [1], 10) == 1
+
+    @pytest.mark.parametrize("num_bins", [1, 10, 15])
+    def test_equal_mass_bins_are_those_of_each_class(self, num_bins):
+        probabilities, labels = predictions(307)
+        errors = [
+            reference.calibration_error(column, labels == k, reference.equal_mass_edges(column.tolist(), num_bins))
+            for k, column in enumerate(probabilities.T)
+        ]
+        found = classwise_calibration_error(probabilities, labels, num_bins, scheme="equal_mass")
+        assert found == pytest.approx(np.mean(errors))
+
+    def test_an_unknown_scheme_is_an_error(self):
+        with pytest.raises(ValueError, match="'equal_mass', found 'quantile'"):
+            classwise_calibration_error(*predictions(), scheme="quantile")
+
+
+class TestClassAdaptiveCalibrationError:
+    @pytest.mark.parametrize("num_bins", [1, 10, 15, 50])
+    def test_it_equals_the_slow_loop(self, num_bins):
+        probabilities, labels = predictions(307)
+        gaps = []
+        for k, column in enumerate(probabilities.T):
+            edges = reference.equal_mass_edges(column.tolist(), num_bins)
+            gaps.append([abs(c - a) for n, c, a in reference.bins(column, labels == k, edges) if n])
+        expected = np.mean([np.mean(of_class) for of_class in gaps])
+        assert class_adaptive_calibration_error(probabilities, labels, num_bins) == pytest.approx(expected)
+
+    def test_it_weighs_bins_alike_and_not_by_their_samples(self):
+        # Class 0: bins [.2, .6] and (.6, .8] with gaps .4 and .2. Class 1: [.2, .6], (.6, .8] with 3 and 1 samples,
+        # gaps |1.2 / 3 - 2/3| and |.8 - 1|.
+        column, labels = np.array([0.2, 0.4, 0.6, 0.8]), np.array([1, 1, 1, 0])
+        probabilities = np.stack([column, 1 - column], axis=1)
+        expected = ((0.4 + 0.2) / 2 + (abs(0.4 - 2 / 3) + 0.2) / 2) / 2
+        assert class_adaptive_calibration_error(probabilities, labels, 2) == pytest.approx(expected)
+        weighted = ((3 * 0.4 + 0.2) / 4 + (3 * abs(0.4 - 2 / 3) + 0.2) / 4) / 2
+        assert classwise_calibration_error(probabilities, labels, 2, scheme="equal_mass") == pytest.approx(weighted)
+
+    def test_it_is_about_that_of_the_papers_cut_into_equal_shares(self):
+        probabilities, labels = predictions(3000)
+        gaps = []
+        for k, column in enumerate(probabilities.T):
+            ranked = column.argsort()
+            gaps += [abs(np.mean(column[share] - (labels[share] == k))) for share in np.split(ranked, 15)]
+        assert class_adaptive_calibration_error(probabilities, labels) == pytest.approx(np.mean(gaps), abs=1e-3)
+
+    def test_empty_bins_do_not_make_a_constant_predictor_look_better(self):
+        probabilities, labels = np.tile([0.7, 0.3], (10, 1)), np.arange(10) % 2
+        assert class_adaptive_calibration_error(probabilities, labels) == pytest.approx(0.2)
+
+
+class TestInMode:
+    def test_top_label_is_the_metric_of_the_predicted_class(self):
+        assert in_mode(calibration_error, *predictions()) == expected_calibration_error(*predictions())
+        found = in_mode(calibration_error, *predictions(), "top_label", num_bins=10, norm="max")
+        assert found == maximum_calibration_error(*predictions(), 10)
+
+    @every_option
+    def test_classwise_is_the_mean_over_columns(self, options):
+        probabilities, labels = predictions()
+        each = [calibration_error(probabilities[:, k], labels == k, 10, **options) for k in range(5)]
+        found = in_mode(calibration_error, probabilities, labels, mode="classwise", num_bins=10, **options)
+        assert found == pytest.approx(np.mean(each))
+
+    def test_classwise_does_not_depend_on_how_many_columns_are_read_at_once(self, monkeypatch):
+        found = in_mode(calibration_error, *predictions(), "classwise")
+        monkeypatch.setattr(metrics, "_CHUNK_VALUES", 40)  # two columns of 300
+        assert in_mode(calibration_error, *predictions(), "classwise") == found
+
+    def test_binary_is_the_metric_of_class_1(self):
+        p, labels = binary_predictions()
+        found = in_mode(calibration_error, p, labels, mode="binary", num_bins=7)
+        assert found == binary_expected_calibration_error(p, labels, 7)
+
+    def test_any_metric_of_pairs_will_do(self):
+        def squared(confidence, correct, power):
+            return np.mean(np.abs(confidence - correct) ** power)
+
+        summed = 5 * in_mode(squared, *predictions(), "classwise", power=2)
+        assert summed == pytest.approx(brier_score(*predictions()))
+
+    @pytest.mark.parametrize("mode", ["multiclass", None])
+    def test_an_unknown_mode_is_an_error(self, mode):
+        with pytest.raises(ValueError, match="'top_label', 'classwise' or 'binary', found"):
+            in_mode(calibration_error, *predictions(), mode=mode)
+
+    @pytest.mark.parametrize("mode", ["top_label", "classwise"])
+    def test_logits_by_mistake_are_an_error(self, mode):
+        with pytest.raises(ValueError, match="look like logits"):
+            in_mode(calibration_error, np.array([[3.0, -2.0]]), [0], mode=mode)
+
+    def test_two_columns_are_not_binary(self):
+        with pytest.raises(ValueError, match=r"found shapes \(300, 2\) and \(300,\)"):
+            in_mode(calibration_error, *predictions(classes=2), mode="binary")
+
+
+@pytest.fixture(params=[1, 7, 299, 300])
+def rows_at_once(request, monkeypatch):
+    monkeypatch.setattr(metrics, "_CHUNK_ROWS", request.param)
+    return request.param
+
+
+class TestChunks:
+    def test_they_do_not_change_the_report(self, rows_at_once):
+        found, (probabilities, labels) = calibration_report(*predictions()), predictions()
+        assert found == {
+            "num_samples": 300,
+            "num_bins": 15,
+            "accuracy": np.mean(reference.top_label(probabilities, labels)[1]),
+            "nll": pytest.approx(reference.negative_log_likelihood(probabilities, labels)),
+            "brier": pytest.approx(reference.brier_score(probabilities, labels)),
+            "ece": pytest.approx(reference.expected_calibration_error(probabilities, labels, 15)),
+            "ada_ece": pytest.approx(reference.adaptive_calibration_error(probabilities, labels, 15)),
+            "classwise_ece": pytest.approx(reference.classwise_calibration_error(probabilities, labels, 15)),
+            "mce": pytest.approx(reference.maximum_calibration_error(probabilities, labels, 15)),
+        }
+
+    @every_binned
+    def test_they_do_not_change_a_single_metric(self, metric, monkeypatch):
+        whole = metric(*predictions())
+        monkeypatch.setattr(metrics, "_CHUNK_ROWS", 7)
+        assert metric(*predictions()) == pytest.approx(whole, abs=1e-12)
+
+    @every_multiclass
+    def test_the_last_row_is_checked_too(self, rows_at_once, metric):
+        probabilities, labels = predictions()
+        probabilities[-1] = 0.5
+        with pytest.raises(ValueError, match="row 299 sums to 2.5"):
+            metric(probabilities, labels)
+
+    @every_multiclass
+    @pytest.mark.parametrize(("total", "valid"), [(0.9992, True), (1.0008, True), (1.0012, False), (0.9988, False)])
+    def test_rows_may_miss_one_by_a_thousandth(self, metric, total, valid):
+        probabilities = np.full((3, 4), total / 4)
+        if valid:
+            metric(probabilities, [0, 1, 2])
+        else:
+            with pytest.raises(ValueError, match=f"row 0 sums to {total:.4g}"):
+                metric(probabilities, [0, 1, 2])
+
+    @pytest.mark.parametrize("order", ["C", "F"])
+    def test_the_order_in_memory_does_not_matter(self, order):
+        probabilities, labels = predictions()
+        found = calibration_report(np.asarray(probabilities, order=order), labels)
+        assert found == pytest.approx(calibration_report(probabilities[:, ::-1][:, ::-1], labels))
+
+
+class TestPeers:
+    """Where another library's bins are not ours. Neither is needed: they are in the extra `bench`."""
+
+    def test_torchmetrics_gives_a_confidence_of_one_a_bin_of_its_own(self):
+        peer = pytest.importorskip("torchmetrics.functional.classification", reason="extra `bench` is not installed")
+        import torch
+
+        probabilities, labels = np.array([[0.95, 0.05], [1.0, 0.0]]), np.array([0, 1])
+        found = peer.multiclass_calibration_error(torch.tensor(probabilities), torch.tensor(labels), 2, n_bins=10)
+        assert float(found) == pytest.approx((0.05 + 1) / 2)  # eleven bins
+        assert expected_calibration_error(probabilities, labels, 10) == pytest.approx(0.475)  # one bin, as asked
+
+    def test_relplot_does_so_too(self):
+        peer = pytest.importorskip("relplot.metrics", reason="extra `bench` is not installed")
+        assert peer.binnedECE(np.array([0.95, 1.0]), np.array([1, 0]), 10) == pytest.approx((0.05 + 1) / 2)
+
+    def test_netcal_puts_an_edge_into_the_bin_above_it(self):
+        peer = pytest.importorskip("netcal.metrics", reason="extra `bench` is not installed")
+        confidence, correct = np.array([0.5, 0.75]), np.array([1, 0])
+        assert peer.ECE(2).measure(confidence, correct) == pytest.approx(abs(0.625 - 0.5))
+        assert calibration_error(confidence, correct, 2) == pytest.approx((0.5 + 0.75) / 2)  # (0, .5] as Guo et al.
+
+    def test_torch_uncertainty_cuts_through_ties_by_the_order_of_samples(self):
+        peer = pytest.importorskip("torch_uncertainty.metrics", reason="extra `bench` is not installed")
+        import torch
+
+        probabilities, labels = np.tile([0.75, 0.25], (4, 1)), np.array([0, 0, 1, 1])
+        metric = peer.AdaptiveCalibrationError(task="multiclass", num_classes=2, num_bins=2)
+        metric.update(torch.tensor(probabilities), torch.tensor(labels))
+        assert float(metric.compute()) == pytest.approx((0.25 + 0.75) / 2)  # right ones apart from wrong ones
+        assert adaptive_calibration_error(probabilities, labels, 2) == 0.25  # of one confidence half are right
+
 
 class TestEveryMulticlassMetric:
     @every_multiclass
@@ -368,6 +583,12 @@ class TestEveryMulticlassMetric:
         if isinstance(found, dict):
             found, exact = list(found.values()), list(exact.values())
         np.testing.assert_allclose(found, exact, atol=2e-3)
+
+    @every_multiclass
+    @pytest.mark.parametrize("dtype", [np.uint8, np.int16, np.uint64])
+    def test_labels_of_any_integer_type_are_accepted(self, metric, dtype):
+        probabilities, labels = predictions()
+        np.testing.assert_equal(metric(probabilities, labels.astype(dtype)), metric(probabilities, labels))
 
     @every_multiclass
     def test_lists_are_accepted(self, metric):
