@@ -11,6 +11,7 @@ from torch import Tensor
 
 from hf_adafocal.binning import BinStats, bin_statistics, equal_mass_edges
 from hf_adafocal.metrics import calibration_error
+from hf_adafocal.streaming import CalibrationHistogram
 
 IGNORED = -100.0  # in all three columns of a sample that does not count; the Trainer pads predictions with it too
 
@@ -62,6 +63,62 @@ def equal_mass_statistics(rows: np.ndarray, num_bins: int = 15) -> BinStats:
     """Equal-mass bins of counted rows, shape `(n, 3)`: the edges and gaps that AdaFocal updates with."""
     confidence, correct, _ = rows.T
     return bin_statistics(confidence, correct, equal_mass_edges(confidence, num_bins))
+
+
+class SampleCollector:
+    """Keeps the three numbers of every sample of an evaluation: exact, 24 bytes a sample."""
+
+    def __init__(self) -> None:
+        self._batches: list[np.ndarray] = []
+
+    def add(self, rows: Tensor) -> None:
+        """Add a batch of `per_sample` rows, shape `(..., 3)`; ignored ones are dropped."""
+        self._batches.append(counted_rows(rows.cpu()))
+
+    def __len__(self) -> int:
+        return sum(map(len, self._batches))
+
+    def metrics(self, num_bins: int = 15) -> dict[str, float]:
+        """`accuracy`, `nll` (nats), `ece` and `ada_ece` of the samples so far, at least one."""
+        return sample_metrics(np.concatenate(self._batches), num_bins)
+
+    def statistics(self, num_bins: int = 15) -> BinStats:
+        """Equal-mass bins of the samples so far, at least one."""
+        return equal_mass_statistics(np.concatenate(self._batches), num_bins)
+
+
+class HistogramCollector:
+    """A `SampleCollector` of fixed size, for evaluations of many millions of tokens or pixels.
+
+    Accuracy, NLL and ECE are exact if the number of bins divides the histogram's cells (it says so if not); AdaECE
+    and the equal-mass edges are moved to the next cell (see `CalibrationHistogram`).
+    """
+
+    def __init__(self) -> None:
+        self._histogram = CalibrationHistogram()
+        self._nll = 0.0
+
+    def add(self, rows: Tensor) -> None:
+        """As `SampleCollector.add`."""
+        confidence, correct, nll = counted_rows(rows.cpu()).T
+        self._histogram.update(confidence, correct)
+        self._nll += float(nll.sum())
+
+    def __len__(self) -> int:
+        return self._histogram.num_samples
+
+    def metrics(self, num_bins: int = 15) -> dict[str, float]:
+        """As `SampleCollector.metrics`."""
+        return {
+            "accuracy": self._histogram.accuracy(),
+            "nll": self._nll / len(self),
+            "ece": self._histogram.expected_calibration_error(num_bins),
+            "ada_ece": self._histogram.adaptive_calibration_error(num_bins),
+        }
+
+    def statistics(self, num_bins: int = 15) -> BinStats:
+        """As `SampleCollector.statistics`."""
+        return self._histogram.equal_mass_statistics(num_bins)
 
 
 class CalibrationMetrics:

@@ -12,7 +12,7 @@ from transformers.trainer_utils import EvalLoopOutput, IntervalStrategy
 from transformers.utils import logging
 
 from hf_adafocal.binning import BinStats
-from hf_adafocal.calibration import IGNORED, counted_rows, equal_mass_statistics, per_sample, sample_metrics
+from hf_adafocal.calibration import IGNORED, HistogramCollector, SampleCollector, per_sample
 from hf_adafocal.callback import AdaFocalCallback
 from hf_adafocal.losses import AdaFocalLoss, FocalFamilyLoss
 from hf_adafocal.training_args import AdaFocalTrainingArguments
@@ -83,8 +83,8 @@ class AdaFocalTrainer(Trainer):
         self.model_accepts_loss_kwargs = True
         self.loss = loss.to(self.args.device)
         self.calibration_dataset = calibration_dataset
-        self._rows: list[torch.Tensor] | None = None  # of the evaluation under way
-        self._rows_of: dict[str, np.ndarray] = {}  # of the last evaluation under each prefix
+        self._collector: SampleCollector | HistogramCollector | None = None  # of the evaluation under way
+        self._collected: dict[str, SampleCollector | HistogramCollector] = {}  # the last one under each prefix
         self._calibration_prefix = _evaluated_as(calibration_dataset, eval_dataset)
         if adaptive:
             first = f"_{next(iter(eval_dataset))}" if isinstance(eval_dataset, dict) else ""
@@ -126,32 +126,35 @@ class AdaFocalTrainer(Trainer):
 
     def _evaluation_loss(self, logits, labels):
         rows = per_sample(logits, labels)
-        if self._rows is not None:
+        if self._collector is not None:
             gathered = self.accelerator.pad_across_processes(rows, dim=1, pad_index=IGNORED) if rows.ndim > 2 else rows
-            self._rows.append(self.accelerator.gather_for_metrics(gathered).cpu())
+            self._labelled = True
+            self._collector.add(self.accelerator.gather_for_metrics(gathered))
         return rows[rows[..., 0] != IGNORED][:, 2].mean()
 
     def evaluation_loop(
         self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
     ) -> EvalLoopOutput:
         """Evaluate or predict as the Trainer does, and add exact calibration metrics of every counted sample."""
-        self._rows = []
+        streaming = getattr(self.args, "streaming_calibration", False)
+        self._collector = HistogramCollector() if streaming else SampleCollector()
+        self._labelled = False
         try:
             output = super().evaluation_loop(
                 dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
             )
         finally:
-            collected, self._rows = self._rows, None
-        if not collected:  # no labels to compare with
+            collected, self._collector = self._collector, None
+        if not self._labelled:
             return output
-        rows = np.concatenate([counted_rows(batch) for batch in collected])
-        if len(rows) == 0:
+        if len(collected) == 0:
             raise ValueError(f"Every label of the {metric_key_prefix!r} set is ignored: nothing to evaluate.")
-        self._rows_of[metric_key_prefix] = rows
-        for name, value in sample_metrics(rows, self._num_bins).items():
+        self._collected[metric_key_prefix] = collected
+        metrics = collected.metrics(self._num_bins)
+        for name, value in metrics.items():
             output.metrics.setdefault(f"{metric_key_prefix}_{name}", value)  # the user's compute_metrics goes first
         # The Trainer's mean of batch means counts the samples that pad the last distributed batch twice.
-        output.metrics[f"{metric_key_prefix}_loss"] = float(rows[:, 2].mean())
+        output.metrics[f"{metric_key_prefix}_loss"] = metrics["nll"]
         return output
 
     def calibrate(self) -> BinStats:
@@ -170,9 +173,9 @@ class AdaFocalTrainer(Trainer):
         if prefix is None:
             prefix = "eval_calibration"
             self.evaluate(self.calibration_dataset, metric_key_prefix=prefix)
-        if prefix not in self._rows_of:
+        if prefix not in self._collected:
             raise RuntimeError("The calibration set is the evaluation set, and that has not been evaluated yet.")
-        return equal_mass_statistics(self._rows_of[prefix], getattr(self.loss, "num_bins", self._num_bins))
+        return self._collected[prefix].statistics(getattr(self.loss, "num_bins", self._num_bins))
 
     @property
     def _num_bins(self) -> int:

@@ -32,6 +32,10 @@ class AdaFocalTrainingArguments(TrainingArguments):
     calibration_fraction: float = field(
         default=0.0, metadata={"help": "Share of the training set to hold out as the calibration set, stratified."}
     )
+    streaming_calibration: bool = field(
+        default=False,
+        metadata={"help": "Evaluate with a histogram of fixed size, for many millions of tokens or pixels."},
+    )
     eval_strategy: IntervalStrategy | str = field(
         default="epoch", metadata={"help": "When to evaluate, and so to move gamma: epoch, steps or no."}
     )

@@ -279,6 +279,28 @@ class TestSegmentation:
         assert run.loss.gammas.ne(1).all()
 
 
+class TestStreaming:
+    def test_a_histogram_of_fixed_size_gives_the_metrics_and_gammas_of_all_samples(self, tmp_path):
+        exact, streamed = (
+            tiny.trainer(tmp_path, eval_dataset=tiny.token_dataset(600, seed=1), streaming_calibration=streaming)
+            for streaming in (False, True)
+        )
+        for run in (exact, streamed):
+            run.train()
+        names = ("eval_accuracy", "eval_nll", "eval_loss", "eval_ece", "eval_ada_ece")
+        logs = [[e for e in run.state.log_history if "eval_ece" in e] for run in (exact, streamed)]
+        for here, there in zip(*logs, strict=True):
+            assert {n: here[n] for n in names} == pytest.approx({n: there[n] for n in names}, abs=2e-3)
+            assert [here[n] for n in names[:4]] == pytest.approx([there[n] for n in names[:4]], rel=1e-4)
+        np.testing.assert_allclose(streamed.loss.gammas, exact.loss.gammas, atol=0.02)
+        np.testing.assert_allclose(streamed.loss.edges, exact.loss.edges, atol=2e-3)
+
+    def test_a_number_of_bins_that_does_not_nest_is_an_error(self, tmp_path):
+        run = tiny.trainer(tmp_path, streaming_calibration=True, num_bins=7)
+        with pytest.raises(ValueError, match="num_bins must divide 72,000, found 7"):
+            run.evaluate()
+
+
 class TestGammaUpdate:
     def test_gamma_follows_the_papers_rule_on_the_calibration_set(self, tmp_path):
         run = tiny.trainer(tmp_path, num_train_epochs=1)
