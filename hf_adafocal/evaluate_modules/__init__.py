@@ -1,4 +1,4 @@
-"""Metrics for `evaluate.load`, one folder each: `<name>/<name>.py` wraps `hf_adafocal.metrics` and holds no maths.
+"""Metrics for `evaluate.load`, one folder each: `<name>/<name>.py` wraps functions of this package and holds no maths.
 
 Only paths are handled here, so nothing heavy is imported until a metric is loaded.
 """

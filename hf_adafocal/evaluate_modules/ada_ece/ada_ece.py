@@ -16,11 +16,11 @@ _CITATION = """
 """
 
 
-class AdaECE(base.TopLabelMetric):
+class AdaECE(base.CalibrationMetric):
     """Adaptive expected calibration error of the predicted class, a fraction in [0, 1]."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return base.metric_info(__doc__, _CITATION)
+        return self.metric_info(__doc__, _CITATION, base.NUM_BINS)
 
     def _compute(self, predictions: list[float], references: list[int], num_bins: int = 15) -> dict[str, float]:
         return {"ada_ece": calibration_error(predictions, references, num_bins, scheme="equal_mass")}

@@ -15,11 +15,11 @@ _CITATION = """
 """
 
 
-class ECE(base.TopLabelMetric):
+class ECE(base.CalibrationMetric):
     """Expected calibration error of the predicted class, a fraction in [0, 1]."""
 
     def _info(self) -> evaluate.MetricInfo:
-        return base.metric_info(__doc__, _CITATION)
+        return self.metric_info(__doc__, _CITATION, base.NUM_BINS)
 
     def _compute(self, predictions: list[float], references: list[int], num_bins: int = 15) -> dict[str, float]:
         return {"ece": calibration_error(predictions, references, num_bins)}
