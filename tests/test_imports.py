@@ -18,7 +18,13 @@ ALLOWED = {
     "gamma": set(),
     "losses": {"functional", "gamma"},
     "scaling": set(),
-    "calibration": {"binning", "metrics"},
+    "estimators": {"binning", "metrics"},
+    "selective": set(),
+    "ood": {"selective"},  # one count of accepted samples, ties together
+    "streaming": {"binning", "metrics"},
+    "uncertainty": {"binning", "metrics"},
+    "gate": {"metrics", "uncertainty"},
+    "calibration": {"binning", "metrics", "streaming"},
     "models": set(),
     "data": set(),
     "training_args": {"losses"},
@@ -30,8 +36,8 @@ ALLOWED = {
     "finetune": {
         *("tasks", "trainer", "training_args", "losses", "evaluation", "plots", "binning", "metrics"),
     },
-    "cli": {"finetune", "tasks"},
-    "evaluate_modules": {"metrics"},
+    "cli": {"finetune", "tasks", "gate"},
+    "evaluate_modules": {"metrics", "estimators", "selective", "ood"},
 }
 
 
@@ -86,9 +92,10 @@ class TestImportCost:
     def test_the_package_loads_neither_torch_nor_transformers(self):
         assert not loaded_by("import hf_adafocal") & {"torch", "transformers", "datasets", "evaluate", "numpy"}
 
-    def test_metrics_need_numpy_alone(self):
+    @pytest.mark.parametrize("name", ["metrics", "estimators", "selective", "ood", "streaming", "uncertainty"])
+    def test_metrics_need_numpy_alone(self, name):
         heavy = {"torch", "transformers", "datasets", "evaluate", "scipy", "sklearn", "matplotlib"}
-        loaded = loaded_by("import hf_adafocal.metrics")
+        loaded = loaded_by(f"import hf_adafocal.{name}")
         assert "numpy" in loaded and not loaded & heavy
 
     def test_a_loss_needs_no_transformers(self):

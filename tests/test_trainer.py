@@ -248,7 +248,8 @@ class TestTokenClassification:
 
 
 class TestSegmentation:
-    def test_pixels_are_the_samples_and_small_logits_are_resized_to_the_labels(self, tmp_path):
+    @pytest.mark.parametrize("streaming", [False, True])
+    def test_pixels_are_the_samples_and_small_logits_are_resized_to_the_labels(self, tmp_path, streaming):
         set_seed(0)
         config = SegformerConfig(
             num_encoder_blocks=2, depths=[1, 1], sr_ratios=[1, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3],
@@ -264,7 +265,10 @@ class TestSegmentation:
         data = [{"pixel_values": image, "labels": label} for image, label in zip(pixels, labels, strict=True)]
         model = SegformerForSemanticSegmentation(config)
         run = AdaFocalTrainer(
-            model, tiny.arguments(tmp_path, num_train_epochs=4), train_dataset=data, eval_dataset=data
+            model,
+            tiny.arguments(tmp_path, num_train_epochs=4, streaming_calibration=streaming),
+            train_dataset=data,
+            eval_dataset=data,
         )
         run.train()
         metrics = run.evaluate()
