@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py losses                  # forward + backward of each loss against F.cross_entropy
 python scripts/benchmark.py losses --device cuda --rounds 200
+python scripts/benchmark.py metrics                 # each metric against the peers that have it: values and times
 
 Each round times every candidate once, in a new order, so that a busy machine slows all of them alike; the ratio of a
 candidate is the median over rounds of its time by the baseline's time in the same round.
@@ -13,13 +14,21 @@ import statistics
 import time
 from collections.abc import Callable
 
+import numpy as np
+import sklearn.metrics
 import torch
 import torch.nn.functional as F
 
+from hf_adafocal import metrics
 from hf_adafocal.losses import LOSSES
 
 SHAPES = ((128, 10), (4096, 20), (4096, 1000), (512, 32000))
 BASELINE = "F.cross_entropy"
+METRIC_SHAPES = ((10_000, 10), (50_000, 100), (50_000, 1000))
+NUM_BINS = 15
+SLOW = 2.0  # seconds: from there on one call is timed, not one a round
+ONE_MAX = "one max"
+OURS = "hf_adafocal"
 
 
 def candidates(device: str) -> dict[str, Callable]:
@@ -96,16 +105,148 @@ def benchmark_losses(device: str, rounds: int) -> None:
             print("| " + " | ".join(cells) + " |", flush=True)
 
 
+def predictions(samples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    """Over-confident float32 probabilities and labels."""
+    logits = np.random.default_rng(0).normal(size=(samples, classes)) * 2
+    noise = np.random.default_rng(1).gumbel(size=logits.shape)
+    return metrics.softmax(1.5 * logits).astype(np.float32), (logits + noise).argmax(axis=1)
+
+
+def our_metrics(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
+    """What the module measures, by the name of the metric."""
+    return {
+        ONE_MAX: lambda: p.max(axis=1).mean(),
+        "accuracy": lambda: metrics.accuracy(p, y),
+        "nll": lambda: metrics.negative_log_likelihood(p, y),
+        "brier": lambda: metrics.brier_score(p, y),
+        "ece": lambda: metrics.expected_calibration_error(p, y, NUM_BINS),
+        "ece_l2": lambda: metrics.calibration_error(*metrics.top_label(p, y), NUM_BINS, norm="l2"),
+        "mce": lambda: metrics.maximum_calibration_error(p, y, NUM_BINS),
+        "ada_ece": lambda: metrics.adaptive_calibration_error(p, y, NUM_BINS),
+        "classwise_ece": lambda: metrics.classwise_calibration_error(p, y, NUM_BINS),
+        "classwise_ece, equal mass": lambda: metrics.classwise_calibration_error(p, y, NUM_BINS, scheme="equal_mass"),
+        "ace": lambda: metrics.class_adaptive_calibration_error(p, y, NUM_BINS),
+        "calibration_report": lambda: metrics.calibration_report(p, y, NUM_BINS)["classwise_ece"],
+    }
+
+
+def scikit_learn(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
+    """No calibration error yet; NLL raises a probability below the dtype's epsilon, 1.2e-7 in float32, to that."""
+    classes = np.arange(p.shape[1])
+    return {
+        "accuracy": lambda: sklearn.metrics.accuracy_score(y, p.argmax(axis=1)),
+        "nll": lambda: sklearn.metrics.log_loss(y, p, labels=classes),
+        "brier": lambda: sklearn.metrics.brier_score_loss(y, p, labels=classes, scale_by_half=False),
+    }
+
+
+def torchmetrics(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
+    """Bins are [lower, upper), and a confidence of 1.0 gets one more of its own; sums in float32."""
+    from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
+
+    p, y, classes = torch.from_numpy(p), torch.from_numpy(y), p.shape[1]
+    errors = {
+        name: lambda norm=norm: multiclass_calibration_error(p, y, classes, NUM_BINS, norm)
+        for name, norm in {"ece": "l1", "ece_l2": "l2", "mce": "max"}.items()
+    }
+    return {"accuracy": lambda: multiclass_accuracy(p, y, classes, average="micro"), **errors}
+
+
+def torch_uncertainty(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
+    """The bins of torchmetrics; AdaECE cuts the sorted samples into equal shares, through ties; sums in float32."""
+    from torch_uncertainty.metrics import classification as peer
+
+    p, y, classes = torch.from_numpy(p), torch.from_numpy(y), p.shape[1]
+
+    def value(metric) -> torch.Tensor:
+        metric.update(p, y)
+        return metric.compute()
+
+    of_classes = {"task": "multiclass", "num_classes": classes, "num_bins": NUM_BINS}
+    return {
+        "nll": lambda: value(peer.CategoricalNLL()),
+        "brier": lambda: value(peer.BrierScore(num_classes=classes)),
+        "ece": lambda: value(peer.CalibrationError(**of_classes)),
+        "ada_ece": lambda: value(peer.AdaptiveCalibrationError(**of_classes)),
+        "classwise_ece": lambda: value(peer.ClasswiseCalibrationError(classes, NUM_BINS)),
+    }
+
+
+def netcal(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
+    """Bins are [lower, upper), the last one closed; its "ACE" is another metric and left out."""
+    from netcal.metrics import ECE, MCE
+
+    return {
+        "ece": lambda: ECE(NUM_BINS).measure(p, y),
+        "mce": lambda: MCE(NUM_BINS).measure(p, y),
+        "ada_ece": lambda: ECE(NUM_BINS, equal_intervals=False).measure(p, y),
+    }
+
+
+def relplot(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
+    """Bins are [lower, upper) by division in the input's dtype, and 1.0 gets one more of its own."""
+    from relplot.metrics import binnedECE, multiclass_logits_to_confidences
+
+    return {"ece": lambda: binnedECE(*multiclass_logits_to_confidences(p, y, probs=True), NUM_BINS)}
+
+
+def timed(function: Callable) -> float:
+    """Seconds of one call."""
+    start = time.perf_counter()
+    function()
+    return time.perf_counter() - start
+
+
+def benchmark_metrics(rounds: int) -> None:
+    """Print a Markdown table: value and time of each metric, ours first, then the peers that have it."""
+    peers = []
+    for peer in (scikit_learn, torchmetrics, torch_uncertainty, netcal, relplot):
+        try:
+            peer(*predictions(2, 2))
+        except ImportError as error:
+            print(f"{peer.__name__} (extra `bench`) is left out: {error}")
+        else:
+            peers.append(peer)
+    print("| probabilities | metric | of | value | minus ours | time | time / ours | time / one max |")
+    print("| --- | --- | --- | --- | --- | --- | --- | --- |")
+    for shape in METRIC_SHAPES:
+        arrays = predictions(*shape)
+        functions = {(name, OURS): function for name, function in our_metrics(*arrays).items()}
+        for peer in peers:
+            functions |= {(name, peer.__name__): function for name, function in peer(*arrays).items()}
+        values = {key: float(function()) for key, function in functions.items()}  # and warm-up
+        once = {key: timed(function) for key, function in functions.items()}
+        times: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
+        for _ in range(rounds):
+            for key in random.sample(list(functions), len(functions)):
+                times[key].append(timed(functions[key]) if once[key] < SLOW else once[key])
+        names = list(our_metrics(*arrays))
+        for name, who in sorted(functions, key=lambda key: names.index(key[0])):
+            to_ours, to_max = (
+                statistics.median(a / b for a, b in zip(times[name, who], times[base], strict=True))
+                for base in ((name, OURS), (ONE_MAX, OURS))
+            )
+            difference = "" if who == OURS else f"{values[name, who] - values[name, OURS]:+.1e}"
+            cells = (
+                f"{shape[0]} x {shape[1]}", name, who, f"{values[name, who]:.8f}", difference,
+                f"{1e3 * statistics.median(times[name, who]):.2f} ms", f"{to_ours:.2f}", f"{to_max:.2f}",
+            )  # fmt: skip
+            print("| " + " | ".join(cells) + " |", flush=True)
+
+
 def main() -> None:
     """Parse and run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("losses",))
+    parser.add_argument("what", choices=("losses", "metrics"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, default=60)
+    parser.add_argument("--rounds", type=int, help="default: 60 for losses, 9 for metrics")
     options = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)
-    benchmark_losses(options.device, options.rounds)
+    if options.what == "losses":
+        benchmark_losses(options.device, options.rounds or 60)
+    else:
+        benchmark_metrics(options.rounds or 9)
 
 
 if __name__ == "__main__":

@@ -493,7 +493,13 @@ class TestChunks:
 
 
 class TestPeers:
-    """Where another library's bins are not ours. Neither is needed: they are in the extra `bench`."""
+    """Where another library's convention is not ours. The extra `bench` installs those that are not needed."""
+
+    def test_scikit_learn_raises_a_small_probability_to_the_epsilon_of_its_dtype(self):
+        probabilities = np.array([[1.0, 1e-10]], dtype=np.float32)
+        found = sklearn.metrics.log_loss([1], probabilities, labels=[0, 1])
+        assert found == pytest.approx(-math.log(np.finfo(np.float32).eps))
+        assert negative_log_likelihood(probabilities, [1]) == pytest.approx(-math.log(1e-10))  # float32 can hold it
 
     def test_torchmetrics_gives_a_confidence_of_one_a_bin_of_its_own(self):
         peer = pytest.importorskip("torchmetrics.functional.classification", reason="extra `bench` is not installed")
