@@ -6,8 +6,12 @@ prediction was correct.
 """
 
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
+
+Scheme = Literal["equal_width", "equal_mass"]
+Norm = Literal["l1", "l2", "max"]
 
 
 @dataclass(frozen=True)
@@ -90,7 +94,7 @@ def bin_statistics(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarra
     if len(edges) < 2 or np.any(np.diff(edges) < 0):
         raise ValueError(f"edges must be at least two ascending numbers, found {edges}.")
     num_bins = len(edges) - 1
-    index = np.searchsorted(edges[1:-1], confidence, side="left")  # (lower, upper], the ends open outwards
+    index = _bin_index(confidence, edges[1:-1])
     count = np.bincount(index, minlength=num_bins)
     share = 1.0 / np.maximum(count, 1)
     return BinStats(
@@ -99,6 +103,54 @@ def bin_statistics(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarra
         confidence=np.bincount(index, confidence, num_bins) * share,
         accuracy=np.bincount(index, correct, num_bins) * share,
     )
+
+
+def binned(
+    confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15, scheme: Scheme = "equal_width"
+) -> BinStats:
+    """`bin_statistics` over bins of one width on [0, 1], or over bins that hold about the same number of samples.
+
+    Raises:
+        ValueError: As `bin_statistics`, or if `scheme` is not one of the two.
+    """
+    if scheme == "equal_width":
+        return bin_statistics(confidence, correct, equal_width_edges(num_bins))
+    if scheme == "equal_mass":
+        return bin_statistics(confidence, correct, equal_mass_edges(confidence, num_bins))
+    raise ValueError(f"scheme must be 'equal_width' or 'equal_mass', found {scheme!r}.")
+
+
+def gap_norm(stats: BinStats, norm: Norm = "l1") -> float:
+    """Calibration error of binned samples: a norm of the gaps, weighted by the samples in each bin.
+
+    Args:
+        stats: Bin statistics.
+        norm: "l1" is the mean of the absolute gaps, "l2" the root of the mean of their squares, "max" the largest.
+
+    Returns:
+        A fraction in [0, 1].
+
+    Raises:
+        ValueError: If `norm` is not one of the three.
+    """
+    gap = np.abs(stats.gap)
+    if norm == "l1":
+        return float(gap @ stats.count / stats.count.sum())
+    if norm == "l2":
+        return float(np.sqrt(gap**2 @ stats.count / stats.count.sum()))
+    if norm == "max":
+        return float(gap.max())
+    raise ValueError(f"norm must be 'l1', 'l2' or 'max', found {norm!r}.")
+
+
+def _bin_index(confidence: np.ndarray, inner_edges: np.ndarray) -> np.ndarray:
+    """The bin `(lower, upper]` of each confidence; the end bins are open outwards."""
+    if len(inner_edges) > 64:
+        return np.searchsorted(inner_edges, confidence, side="left")
+    index = np.zeros(len(confidence), dtype=np.uint8)  # few edges: comparing with each is ten times as fast
+    for edge in inner_edges:
+        index += confidence > edge
+    return index
 
 
 def _check_num_bins(num_bins: int) -> None:

@@ -8,12 +8,13 @@ or on chance. Samples of one confidence are never told apart.
 
 import math
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
-from hf_adafocal.binning import bin_statistics, equal_mass_edges, equal_width_edges
-from hf_adafocal.metrics import _check_pairs, calibration_error
+from hf_adafocal.binning import Scheme, binned
+from hf_adafocal.checks import check_pairs
+from hf_adafocal.metrics import calibration_error
 
 _GRID = 8192  # cells on [0, 1]; a bandwidth below 1 / _GRID is not resolved
 
@@ -50,7 +51,7 @@ def debiased_calibration_error(
     confidence: np.ndarray,
     correct: np.ndarray,
     num_bins: int = 15,
-    scheme: Literal["equal_mass", "equal_width"] = "equal_mass",
+    scheme: Scheme = "equal_mass",
 ) -> float:
     """L2 calibration error over bins, less what sampling noise alone adds to its square.
 
@@ -75,14 +76,8 @@ def debiased_calibration_error(
     >>> debiased_calibration_error([0.75, 0.75, 0.75, 0.75], [0, 1, 0, 1])  # a gap of 0.25 may well be noise
     0.0
     """
-    confidence, correct = _check_pairs(confidence, correct)
-    if scheme == "equal_mass":
-        edges = equal_mass_edges(confidence, num_bins)
-    elif scheme == "equal_width":
-        edges = equal_width_edges(num_bins)
-    else:
-        raise ValueError(f"scheme must be 'equal_mass' or 'equal_width', found {scheme!r}.")
-    stats = bin_statistics(confidence, correct, edges)
+    confidence, correct = check_pairs(confidence, correct)
+    stats = binned(confidence, correct, num_bins, scheme)
     noise = stats.accuracy * (1 - stats.accuracy) / np.maximum(stats.count - 1, 1)
     square = np.where(stats.count > 1, stats.gap**2 - noise, 0) @ stats.count / len(confidence)
     return math.sqrt(max(square, 0.0))
@@ -109,7 +104,7 @@ def monotone_num_bins(confidence: np.ndarray, correct: np.ndarray) -> int:
     >>> monotone_num_bins([0.1, 0.2, 0.3, 0.4, 0.5, 0.6], [0, 1, 0, 1, 0, 1])
     3
     """
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     order = np.argsort(confidence)
     ranked, size = confidence[order], len(order)
     upto = np.searchsorted(ranked, ranked, side="right")  # samples no more confident than this one
@@ -177,7 +172,7 @@ def smooth_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> flo
     >>> round(smooth_calibration_error([0.75, 0.75, 0.75, 0.75], [0, 1, 0, 1]), 6)
     0.25
     """
-    smoothed_error = _smoothed_error(*_check_pairs(confidence, correct))
+    smoothed_error = _smoothed_error(*check_pairs(confidence, correct))
     low, high = 0.0, 1.0
     for _ in range(30):  # smoothing more only lowers the error, so it crosses sigma once
         middle = (low + high) / 2
@@ -211,7 +206,7 @@ def corp_decomposition(confidence: np.ndarray, correct: np.ndarray) -> CorpDecom
     """
     from scipy.optimize import isotonic_regression  # here: importing the metrics needs numpy alone
 
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     _, group, count = np.unique(confidence, return_inverse=True, return_counts=True)
     rate = np.bincount(group, correct) / count
     recalibrated = isotonic_regression(rate, weights=count).x[group]
@@ -245,7 +240,7 @@ def ks_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     >>> ks_calibration_error([0.25, 0.75], [0, 1])
     0.125
     """
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     return _largest_cumulative_gap(confidence, correct) / len(confidence)
 
 
@@ -272,7 +267,7 @@ def ks_test(confidence: np.ndarray, correct: np.ndarray) -> CalibrationTest:
     >>> ks_test([0.5, 0.5, 0.5, 0.5], [1, 1, 1, 1]).statistic
     2.0
     """
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     gap = _largest_cumulative_gap(confidence, correct)
     statistic = _standardised(gap, float(confidence @ (1 - confidence)))
     return CalibrationTest(statistic, _brownian_maximum_tail(statistic))
@@ -302,7 +297,7 @@ def spiegelhalter_test(confidence: np.ndarray, correct: np.ndarray) -> Calibrati
     >>> spiegelhalter_test([0.8, 0.8, 0.8, 0.8, 0.8], [1, 1, 1, 1, 0]).p_value > 0.99
     True
     """
-    confidence, correct = _check_pairs(confidence, correct)
+    confidence, correct = check_pairs(confidence, correct)
     slope = 1 - 2 * confidence
     variance = float(np.sum(slope**2 * confidence * (1 - confidence)))
     z = _standardised(float((correct - confidence) @ slope), variance)

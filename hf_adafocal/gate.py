@@ -7,7 +7,9 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from hf_adafocal.metrics import Scheme, _check_pairs, top_label
+from hf_adafocal.binning import Scheme
+from hf_adafocal.checks import check_pairs
+from hf_adafocal.metrics import top_label
 from hf_adafocal.uncertainty import Interval, calibration_error_interval
 
 PAIR_COLUMNS = ("confidence", "correct")
@@ -123,7 +125,7 @@ def read_predictions(
             "If it is the probability of class 1, name the two columns as pair columns."
         )
     try:
-        return _check_pairs(first, second) if is_pair else top_label(first, second)
+        return check_pairs(first, second) if is_pair else top_label(first, second)
     except ValueError as error:
         raise ValueError(f"{path}, columns {columns[0]!r} and {columns[1]!r}: {error}") from error
 

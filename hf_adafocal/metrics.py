@@ -14,13 +14,8 @@ from typing import Literal
 
 import numpy as np
 
-from hf_adafocal.binning import BinStats, bin_statistics, equal_mass_edges, equal_width_edges
-
-Scheme = Literal["equal_width", "equal_mass"]
-Norm = Literal["l1", "l2", "max"]
-
-_CHUNK_VALUES = 1 << 18  # 1 MiB in float32 and 2 MiB as their float64 copy
-_CHUNK_ROWS = 1 << 12  # short vectors are cheap to allocate again and again
+from hf_adafocal.binning import Norm, Scheme, binned, equal_width_edges, gap_norm
+from hf_adafocal.checks import CHUNK_VALUES, as_multiclass, check_pairs, checked_chunks
 
 
 def softmax(logits: np.ndarray) -> np.ndarray:
@@ -47,13 +42,13 @@ def top_label(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray
     Raises:
         ValueError: If the shapes do not fit, a label is out of range, or rows are not probabilities.
     """
-    probabilities, labels = _as_multiclass(probabilities, labels)
+    probabilities, labels = as_multiclass(probabilities, labels)
     return _top_label(probabilities, labels, _predicted(probabilities))
 
 
 def accuracy(probabilities: np.ndarray, labels: np.ndarray) -> float:
     """Share of samples whose most probable class is the label; arguments as `top_label`."""
-    probabilities, labels = _as_multiclass(probabilities, labels)
+    probabilities, labels = as_multiclass(probabilities, labels)
     return float(np.mean(_predicted(probabilities) == labels))
 
 
@@ -65,8 +60,8 @@ def negative_log_likelihood(probabilities: np.ndarray, labels: np.ndarray) -> fl
     >>> round(negative_log_likelihood(np.array([[0.25, 0.75]]), np.array([1])), 4)
     0.2877
     """
-    probabilities, labels = _as_multiclass(probabilities, labels)
-    for _ in _checked_chunks(probabilities):
+    probabilities, labels = as_multiclass(probabilities, labels)
+    for _ in checked_chunks(probabilities):
         pass
     return _mean_nll(_at(probabilities, labels))
 
@@ -79,9 +74,9 @@ def brier_score(probabilities: np.ndarray, labels: np.ndarray) -> float:
     >>> brier_score(np.array([[0.25, 0.75]]), np.array([1]))
     0.125
     """
-    probabilities, labels = _as_multiclass(probabilities, labels)
+    probabilities, labels = as_multiclass(probabilities, labels)
     squares = 0.0
-    for _, chunk in _checked_chunks(probabilities):
+    for _, chunk in checked_chunks(probabilities):
         squares += _sum_of_squares(chunk.astype(np.float64))
     return _brier(squares, _at(probabilities, labels))
 
@@ -110,7 +105,7 @@ def calibration_error(
     Raises:
         ValueError: If the shapes differ, a confidence is outside [0, 1], or a name is not one of those above.
     """
-    return _error(_statistics(*_check_pairs(confidence, correct), num_bins, scheme), norm)
+    return gap_norm(binned(*check_pairs(confidence, correct), num_bins, scheme), norm)
 
 
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
@@ -132,7 +127,7 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, nu
     >>> expected_calibration_error(np.array([[0.75, 0.25], [0.75, 0.25]]), np.array([0, 1]))
     0.25
     """
-    return _error(_statistics(*top_label(probabilities, labels), num_bins, "equal_width"), "l1")
+    return gap_norm(binned(*top_label(probabilities, labels), num_bins, "equal_width"), "l1")
 
 
 def adaptive_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
@@ -142,7 +137,7 @@ def adaptive_calibration_error(probabilities: np.ndarray, labels: np.ndarray, nu
 
     Source: Mukhoti et al. 2020, arXiv 2002.09437.
     """
-    return _error(_statistics(*top_label(probabilities, labels), num_bins, "equal_mass"), "l1")
+    return gap_norm(binned(*top_label(probabilities, labels), num_bins, "equal_mass"), "l1")
 
 
 def maximum_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15) -> float:
@@ -150,7 +145,7 @@ def maximum_calibration_error(probabilities: np.ndarray, labels: np.ndarray, num
 
     Source: Guo et al. 2017, arXiv 1706.04599, eq. 5.
     """
-    return _error(_statistics(*top_label(probabilities, labels), num_bins, "equal_width"), "max")
+    return gap_norm(binned(*top_label(probabilities, labels), num_bins, "equal_width"), "max")
 
 
 def classwise_calibration_error(
@@ -163,9 +158,9 @@ def classwise_calibration_error(
     """
     if scheme != "equal_width":
         return in_mode(calibration_error, probabilities, labels, "classwise", num_bins=num_bins, scheme=scheme)
-    probabilities, labels = _as_multiclass(probabilities, labels)
+    probabilities, labels = as_multiclass(probabilities, labels)
     edges, gaps = equal_width_edges(num_bins), np.zeros((probabilities.shape[1], num_bins))
-    for rows, chunk in _checked_chunks(probabilities):
+    for rows, chunk in checked_chunks(probabilities):
         _add_class_gaps(gaps, chunk, chunk.astype(np.float64), labels[rows], edges)
     return _mean_class_error(gaps, len(labels))
 
@@ -216,11 +211,11 @@ def in_mode(
     if mode == "top_label":
         return metric(*top_label(probabilities, labels), **options)
     if mode == "binary":
-        return metric(*_check_pairs(probabilities, labels), **options)
+        return metric(*check_pairs(probabilities, labels), **options)
     if mode != "classwise":
         raise ValueError(f"mode must be 'top_label', 'classwise' or 'binary', found {mode!r}.")
-    probabilities, labels = _as_multiclass(probabilities, labels)
-    for _ in _checked_chunks(probabilities):
+    probabilities, labels = as_multiclass(probabilities, labels)
+    for _ in checked_chunks(probabilities):
         pass
     return float(np.mean([metric(column, labels == k, **options) for k, column in enumerate(_columns(probabilities))]))
 
@@ -239,27 +234,27 @@ def calibration_report(probabilities: np.ndarray, labels: np.ndarray, num_bins: 
     Raises:
         ValueError: As `top_label`.
     """
-    probabilities, labels = _as_multiclass(probabilities, labels)
+    probabilities, labels = as_multiclass(probabilities, labels)
     edges, gaps = equal_width_edges(num_bins), np.zeros((probabilities.shape[1], num_bins))
     predicted, squares = np.empty(len(labels), dtype=np.intp), 0.0
-    for rows, chunk in _checked_chunks(probabilities):
+    for rows, chunk in checked_chunks(probabilities):
         chunk.argmax(axis=1, out=predicted[rows])
         wide = chunk.astype(np.float64)
         squares += _sum_of_squares(wide)
         _add_class_gaps(gaps, chunk, wide, labels[rows], edges)
     of_label = _at(probabilities, labels)
     confidence, correct = _top_label(probabilities, labels, predicted)
-    equal_width = _statistics(confidence, correct, num_bins, "equal_width")
+    equal_width = binned(confidence, correct, num_bins, "equal_width")
     return {
         "num_samples": len(labels),
         "num_bins": num_bins,
         "accuracy": float(correct.mean()),
         "nll": _mean_nll(of_label),
         "brier": _brier(squares, of_label),
-        "ece": _error(equal_width, "l1"),
-        "ada_ece": _error(_statistics(confidence, correct, num_bins, "equal_mass"), "l1"),
+        "ece": gap_norm(equal_width, "l1"),
+        "ada_ece": gap_norm(binned(confidence, correct, num_bins, "equal_mass"), "l1"),
         "classwise_ece": _mean_class_error(gaps, len(labels)),
-        "mce": _error(equal_width, "max"),
+        "mce": gap_norm(equal_width, "max"),
     }
 
 
@@ -301,41 +296,22 @@ def binary_calibration_report(probabilities: np.ndarray, labels: np.ndarray, num
     Returns:
         `num_samples`, `num_bins`, `accuracy`, `nll` (nats), `brier`, `ece`, `ada_ece`, `mce`.
     """
-    probabilities, labels = _check_pairs(probabilities, labels)
-    equal_width = _statistics(probabilities, labels, num_bins, "equal_width")
+    probabilities, labels = check_pairs(probabilities, labels)
+    equal_width = binned(probabilities, labels, num_bins, "equal_width")
     return {
         "num_samples": len(labels),
         "num_bins": num_bins,
         "accuracy": float(np.mean((probabilities > 0.5) == labels)),
         "nll": _mean_nll(np.where(labels == 1, probabilities, 1 - probabilities)),
         "brier": float(np.mean((probabilities - labels) ** 2)),
-        "ece": _error(equal_width, "l1"),
-        "ada_ece": _error(_statistics(probabilities, labels, num_bins, "equal_mass"), "l1"),
-        "mce": _error(equal_width, "max"),
+        "ece": gap_norm(equal_width, "l1"),
+        "ada_ece": gap_norm(binned(probabilities, labels, num_bins, "equal_mass"), "l1"),
+        "mce": gap_norm(equal_width, "max"),
     }
 
 
-def _statistics(confidence: np.ndarray, correct: np.ndarray, num_bins: int, scheme: Scheme) -> BinStats:
-    if scheme == "equal_width":
-        return bin_statistics(confidence, correct, equal_width_edges(num_bins))
-    if scheme == "equal_mass":
-        return bin_statistics(confidence, correct, equal_mass_edges(confidence, num_bins))
-    raise ValueError(f"scheme must be 'equal_width' or 'equal_mass', found {scheme!r}.")
-
-
-def _error(stats: BinStats, norm: Norm) -> float:
-    gap = np.abs(stats.gap)
-    if norm == "l1":
-        return float(gap @ stats.count / stats.count.sum())
-    if norm == "l2":
-        return float(np.sqrt(gap**2 @ stats.count / stats.count.sum()))
-    if norm == "max":
-        return float(gap.max())
-    raise ValueError(f"norm must be 'l1', 'l2' or 'max', found {norm!r}.")
-
-
 def _mean_gap(confidence: np.ndarray, correct: np.ndarray, num_bins: int) -> float:
-    stats = _statistics(confidence, correct, num_bins, "equal_mass")
+    stats = binned(confidence, correct, num_bins, "equal_mass")
     return float(np.abs(stats.gap).sum() / np.count_nonzero(stats.count))
 
 
@@ -375,7 +351,7 @@ def _mean_class_error(gaps: np.ndarray, size: int) -> float:
 
 def _columns(probabilities: np.ndarray) -> Iterator[np.ndarray]:
     """Columns in float64, at most 1; several are copied at once, because memory is read in pieces of rows."""
-    step = max(1, 16 * _CHUNK_VALUES // len(probabilities))
+    step = max(1, 16 * CHUNK_VALUES // len(probabilities))
     for start in range(0, probabilities.shape[1], step):
         yield from np.minimum(probabilities[:, start : start + step].T, 1, dtype=np.float64, order="C")
 
@@ -386,7 +362,7 @@ def _at(probabilities: np.ndarray, classes: np.ndarray) -> np.ndarray:
 
 def _predicted(probabilities: np.ndarray) -> np.ndarray:
     predicted = np.empty(len(probabilities), dtype=np.intp)
-    for rows, chunk in _checked_chunks(probabilities):
+    for rows, chunk in checked_chunks(probabilities):
         chunk.argmax(axis=1, out=predicted[rows])
     return predicted
 
@@ -407,76 +383,3 @@ def _brier(squares: float, of_label: np.ndarray) -> float:
 def _mean_nll(of_label: np.ndarray) -> float:
     floor = np.finfo(of_label.dtype).tiny
     return float(-np.mean(np.log(np.maximum(of_label, floor), dtype=np.float64)))
-
-
-def _check_pairs(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
-    if confidence.ndim != 1 or confidence.shape != correct.shape or confidence.size == 0:
-        raise ValueError(
-            "Expected two vectors of one length N >= 1: a probability and a 0/1 outcome a sample; "
-            f"found shapes {confidence.shape} and {correct.shape}."
-        )
-    if not (confidence.min() >= 0 and confidence.max() <= 1):  # also True for NaN
-        raise ValueError(
-            f"Probabilities must lie in [0, 1] without NaN, found {confidence.min()} to {confidence.max()}."
-        )
-    if not np.isin(correct, (0.0, 1.0)).all():
-        raise ValueError(f"Outcomes must be 0 or 1, found values from {correct.min()} to {correct.max()}.")
-    return confidence, correct
-
-
-def _as_multiclass(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    probabilities, labels = np.asarray(probabilities), np.asarray(labels)
-    if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or probabilities.size == 0:
-        raise ValueError(
-            "Expected probabilities (N, C) and labels (N,) with N >= 1; "
-            f"found shapes {probabilities.shape} and {labels.shape}."
-        )
-    if not np.issubdtype(labels.dtype, np.integer):
-        raise ValueError(f"labels must be integer class indices, found dtype {labels.dtype}.")
-    if labels.min() < 0 or labels.max() >= probabilities.shape[1]:
-        raise ValueError(
-            f"labels must lie in [0, {probabilities.shape[1]}), found {labels.min()} to {labels.max()}. "
-            "Drop ignored samples first."
-        )
-    if not np.issubdtype(probabilities.dtype, np.floating):
-        probabilities = probabilities.astype(np.float64)
-    return probabilities, labels.astype(np.intp, copy=False)
-
-
-def _checked_chunks(probabilities: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Chunks of rows, each found to be probabilities before it is handed out.
-
-    Raises:
-        ValueError: If any row of the array is not.
-    """
-    step = min(_CHUNK_ROWS, max(1, _CHUNK_VALUES // probabilities.shape[1]))
-    quick = np.promote_types(probabilities.dtype, np.float32)
-    ones = np.ones(probabilities.shape[1], dtype=quick)
-    certain = _tolerance(probabilities) / 2  # the other half is more than these sums can be off
-    passed = False
-    for start in range(0, len(probabilities), step):
-        rows = slice(start, start + step)
-        chunk = probabilities[rows]
-        off = np.abs(chunk.astype(quick, copy=False) @ ones - 1)
-        if not (passed or (chunk.min() >= 0 and off.max() <= certain)):  # also with NaN
-            _check_rows(probabilities)
-            passed = True
-        yield rows, chunk
-
-
-def _tolerance(probabilities: np.ndarray) -> float:
-    return 1e-2 if probabilities.dtype.itemsize < 4 else 1e-3  # what a softmax in that precision can miss
-
-
-def _check_rows(probabilities: np.ndarray) -> None:
-    sums = probabilities.sum(axis=1, dtype=np.float64)
-    if np.isnan(sums).any():
-        raise ValueError(f"probabilities hold NaN in {np.count_nonzero(np.isnan(sums))} of {len(sums)} rows.")
-    if probabilities.min() < 0 or np.abs(sums - 1).max() > _tolerance(probabilities):
-        worst = np.abs(sums - 1).argmax()
-        raise ValueError(
-            f"Each row of probabilities must be non-negative and sum to 1; the smallest value is "
-            f"{probabilities.min():.4g} and row {worst} sums to {sums[worst]:.4g}. These look like logits: "
-            "pass softmax(logits)."
-        )

@@ -9,7 +9,7 @@ from typing import Literal
 
 import numpy as np
 
-from hf_adafocal.selective import _count_accepted
+from hf_adafocal.selective import count_accepted
 
 
 def max_softmax_score(logits: np.ndarray) -> np.ndarray:
@@ -184,5 +184,5 @@ def _count_positive(in_scores: np.ndarray, out_scores: np.ndarray) -> tuple[np.n
             nans = np.count_nonzero(np.isnan(scores))
             raise ValueError(f"{name} must be (N,) with N >= 1 and no NaN, found shape {scores.shape}, {nans} NaN.")
     scores = np.concatenate([in_scores, out_scores])
-    accepted, out, _ = _count_accepted(scores, np.arange(len(scores)) < len(in_scores))
+    accepted, out, _ = count_accepted(scores, np.arange(len(scores)) < len(in_scores))
     return accepted - out, out

@@ -47,7 +47,7 @@ def risk_coverage_curve(confidence: np.ndarray, correct: np.ndarray) -> RiskCove
     >>> risk_coverage_curve([0.9, 0.6, 0.6, 0.3], [1, 0, 1, 0]).coverage
     array([0.25, 0.75, 1.  ])
     """
-    accepted, wrong, threshold = _count_accepted(confidence, correct)
+    accepted, wrong, threshold = count_accepted(confidence, correct)
     return RiskCoverageCurve(accepted / accepted[-1], wrong / accepted, threshold)
 
 
@@ -71,7 +71,7 @@ def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> flo
     >>> area_under_risk_coverage([0.9, 0.8, 0.7, 0.6], [1, 0, 1, 0])  # (0 + 1/2 + 1/3 + 1/2) / 4
     0.3333333333333333
     """
-    accepted, wrong, _ = _count_accepted(confidence, correct)
+    accepted, wrong, _ = count_accepted(confidence, correct)
     return _mean_risk(_expected_errors(accepted, wrong))
 
 
@@ -92,7 +92,7 @@ def excess_area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray)
     >>> excess_area_under_risk_coverage([0.9, 0.8, 0.7], [1, 1, 0])
     0.0
     """
-    accepted, wrong, _ = _count_accepted(confidence, correct)
+    accepted, wrong, _ = count_accepted(confidence, correct)
     total, right = accepted[-1], accepted[-1] - wrong[-1]
     least = np.maximum(np.arange(1, total + 1) - right, 0)
     return _mean_risk(_expected_errors(accepted, wrong)) - _mean_risk(least)
@@ -118,12 +118,12 @@ def area_under_generalized_risk_coverage(confidence: np.ndarray, correct: np.nda
     >>> area_under_generalized_risk_coverage([0.9, 0.1], [1, 0])
     0.125
     """
-    accepted, wrong, _ = _count_accepted(confidence, correct)
+    accepted, wrong, _ = count_accepted(confidence, correct)
     width, before = np.diff(accepted, prepend=0), np.append(0, wrong[:-1])
     return float(width @ (before + wrong) / (2 * accepted[-1] ** 2))
 
 
-def _count_accepted(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def count_accepted(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Samples at or above each distinct confidence, how many of them are wrong, and that confidence, descending."""
     confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
     if confidence.ndim != 1 or confidence.shape != correct.shape or confidence.size == 0:

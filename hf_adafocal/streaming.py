@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from hf_adafocal.binning import BinStats, equal_width_edges
-from hf_adafocal.metrics import _check_pairs, _error
+from hf_adafocal.binning import BinStats, equal_width_edges, gap_norm
+from hf_adafocal.checks import check_pairs
 
 _GRID = 72_000  # cells of one width: 10, 12, 15, 16, 18, 20, 25, 30, 50, 64, 100 and 1,000 bins nest
 _BLOCK = 1 << 17  # samples converted at a time: bounds the memory of one update, and the cache holds them
@@ -163,14 +163,14 @@ class CalibrationHistogram:
 
         Source: Guo et al. 2017, arXiv 1706.04599, eq. 3.
         """
-        return _error(self.bin_statistics(num_bins), "l1")
+        return gap_norm(self.bin_statistics(num_bins), "l1")
 
     def maximum_calibration_error(self, num_bins: int = 15) -> float:
         """MCE: the largest gap of a non-empty bin of one width; raises as `bin_statistics`.
 
         Source: Guo et al. 2017, arXiv 1706.04599, eq. 5.
         """
-        return _error(self.bin_statistics(num_bins), "max")
+        return gap_norm(self.bin_statistics(num_bins), "max")
 
     def adaptive_calibration_error(self, num_bins: int = 15) -> float:
         """AdaECE: mean absolute gap over the bins of `equal_mass_statistics`; raises as that.
@@ -180,7 +180,7 @@ class CalibrationHistogram:
 
         Source: Mukhoti et al. 2020, arXiv 2002.09437.
         """
-        return _error(self.equal_mass_statistics(num_bins), "l1")
+        return gap_norm(self.equal_mass_statistics(num_bins), "l1")
 
     def adaptive_calibration_error_bound(self, num_bins: int = 15) -> float:
         r"""How far `adaptive_calibration_error` may be from AdaECE of all samples, for the samples counted so far.
@@ -215,7 +215,7 @@ class CalibrationHistogram:
             confidence, correct = confidence[mask], correct[mask]
         if not confidence.size:
             return
-        confidence, correct = _check_pairs(confidence, correct)
+        confidence, correct = check_pairs(confidence, correct)
         cells = _cells(confidence)
         np.add.at(self._count, cells, 1)
         np.add.at(self._correct, cells, correct.astype(np.int64))

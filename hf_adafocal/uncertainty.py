@@ -10,7 +10,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from hf_adafocal.metrics import Norm, Scheme, _check_pairs, _statistics, calibration_error
+from hf_adafocal.binning import Norm, Scheme, binned
+from hf_adafocal.checks import check_pairs
+from hf_adafocal.metrics import calibration_error
 
 _ORDER = {"l1": 1, "l2": 2, "max": np.inf}
 
@@ -251,8 +253,8 @@ def _gaps(
     Shapes `(bins,)` and `(num_resamples, bins)`. In confidence order a bin is a run of samples, and a resample is how
     often it draws each sample.
     """
-    confidence, correct = _check_pairs(confidence, correct)
-    count = _statistics(confidence, correct, num_bins, scheme).count
+    confidence, correct = check_pairs(confidence, correct)
+    count = binned(confidence, correct, num_bins, scheme).count
     count = count[count > 0]
     starts = np.cumsum(count) - count
     order = np.argsort(confidence, kind="stable")

@@ -167,7 +167,7 @@ class TestDebiasedCalibrationError:
         assert 0.04 <= np.mean(squares) < 0.045  # a little above, for a negative square counts as 0
 
     def test_an_unknown_scheme_is_an_error_that_names_both(self):
-        with pytest.raises(ValueError, match="'equal_mass' or 'equal_width', found 'quantile'"):
+        with pytest.raises(ValueError, match="'equal_width' or 'equal_mass', found 'quantile'"):
             debiased_calibration_error([0.5], [1], scheme="quantile")
 
     def test_no_bin_is_an_error(self):

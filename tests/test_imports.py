@@ -13,17 +13,18 @@ PACKAGE = Path(__file__).parent.parent / "hf_adafocal"
 ALLOWED = {
     "__init__": set(),  # names load lazily
     "binning": set(),
-    "metrics": {"binning"},
+    "checks": set(),
+    "metrics": {"binning", "checks"},
     "functional": set(),
     "gamma": set(),
     "losses": {"functional", "gamma"},
     "scaling": set(),
-    "estimators": {"binning", "metrics"},
+    "estimators": {"binning", "checks", "metrics"},
     "selective": set(),
     "ood": {"selective"},  # one count of accepted samples, ties together
-    "streaming": {"binning", "metrics"},
-    "uncertainty": {"binning", "metrics"},
-    "gate": {"metrics", "uncertainty"},
+    "streaming": {"binning", "checks"},
+    "uncertainty": {"binning", "checks", "metrics"},
+    "gate": {"binning", "checks", "metrics", "uncertainty"},
     "calibration": {"binning", "metrics", "streaming"},
     "models": set(),
     "data": set(),

@@ -11,7 +11,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_adafocal import metrics
+from hf_adafocal import checks, metrics
 from hf_adafocal.binning import equal_mass_edges, equal_width_edges
 from hf_adafocal.metrics import (
     accuracy,
@@ -411,7 +411,7 @@ class TestInMode:
 
     def test_classwise_does_not_depend_on_how_many_columns_are_read_at_once(self, monkeypatch):
         found = in_mode(calibration_error, *predictions(), "classwise")
-        monkeypatch.setattr(metrics, "_CHUNK_VALUES", 40)  # two columns of 300
+        monkeypatch.setattr(metrics, "CHUNK_VALUES", 40)  # two columns of 300
         assert in_mode(calibration_error, *predictions(), "classwise") == found
 
     def test_binary_is_the_metric_of_class_1(self):
@@ -443,7 +443,7 @@ class TestInMode:
 
 @pytest.fixture(params=[1, 7, 299, 300])
 def rows_at_once(request, monkeypatch):
-    monkeypatch.setattr(metrics, "_CHUNK_ROWS", request.param)
+    monkeypatch.setattr(checks, "_CHUNK_ROWS", request.param)
     return request.param
 
 
@@ -465,7 +465,7 @@ class TestChunks:
     @every_binned
     def test_they_do_not_change_a_single_metric(self, metric, monkeypatch):
         whole = metric(*predictions())
-        monkeypatch.setattr(metrics, "_CHUNK_ROWS", 7)
+        monkeypatch.setattr(checks, "_CHUNK_ROWS", 7)
         assert metric(*predictions()) == pytest.approx(whole, abs=1e-12)
 
     @every_multiclass
