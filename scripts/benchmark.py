@@ -6,6 +6,9 @@ python scripts/benchmark.py metrics                 # each metric against the pe
 
 Each round times every candidate once, in a new order, so that a busy machine slows all of them alike; the ratio of a
 candidate is the median over rounds of its time by the baseline's time in the same round.
+
+On Linux set MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=40000000000 for `losses` on the CPU: else large
+tensors are mapped anew in some calls and not in others, and that is what the ratios then show.
 """
 
 import argparse
