@@ -1,6 +1,6 @@
 r"""Losses as pure functions of logits and labels.
 
-The focal family is one function of the per-sample cross-entropy. With `ce = -log p` from PyTorch's fused kernel,
+The focal family is one function of the cross-entropy of each sample. With `ce = -log p` from `per_sample` and
 `p = exp(-ce)`, every member is `(1 - sign(gamma) p)^|gamma| ce`: cross-entropy (gamma 0), focal loss (gamma > 0),
 inverse focal loss (gamma < 0), FLSD-53 and AdaFocal (gamma looked up from p). So each costs what cross-entropy costs
 and takes dense targets and `ignore_index` from it. Dual focal loss puts `p - q_j` in the place of p.
@@ -15,6 +15,8 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from hf_adafocal import per_sample
 
 Gamma = float | Tensor | Callable[[Tensor], Tensor]
 SMOOTHING_RANGE = (-0.1, 0.5)
@@ -74,7 +76,7 @@ def focal_loss(
     """
     _check(logits, labels, weight, reduction)
     labels = labels.long()
-    ce = _cross_entropy(_wide(logits), labels, ignore_index)
+    ce = per_sample.cross_entropy(_wide(logits), labels, ignore_index)
     return _reduce(modulate(ce, gamma), labels, weight, ignore_index, reduction)
 
 
@@ -114,7 +116,7 @@ def dual_focal_loss(
     """
     _check(logits, labels, weight, reduction)
     labels, logits = labels.long(), _wide(logits)
-    ce = _cross_entropy(logits, labels, ignore_index)
+    ce = per_sample.cross_entropy(logits, labels, ignore_index)
     lead = _lead_over_the_next(logits, _indices(labels, ignore_index))
     loss = _reweight(ce, torch.expm1(-ce) - torch.exp(-lead - ce), gamma)
     return _reduce(loss, labels, weight, ignore_index, reduction)
@@ -159,7 +161,7 @@ def label_smoothing_loss(
         check_smoothing(smoothing)
     labels = labels.long()
     log_p = F.log_softmax(_wide(logits), dim=1)
-    ce = _cross_entropy(log_p, labels, ignore_index, kernel=F.nll_loss)
+    ce = per_sample.nll(log_p, labels, ignore_index)
     scale = None
     if weight is not None:
         weight = weight.to(ce.dtype)
@@ -189,7 +191,7 @@ def brier_loss(
     _check(logits, labels, weight, reduction)
     labels = labels.long()
     p = F.softmax(_wide(logits), dim=1)
-    _cross_entropy(p.detach(), labels, ignore_index, kernel=F.nll_loss)  # checks the labels
+    per_sample.nll(p.detach(), labels, ignore_index)  # checks the labels
     others = p.scatter(1, _indices(labels, ignore_index), 0)  # their sum is 1 - p without cancellation
     loss = (others.sum(1).square() + others.square().sum(1)).where(labels != ignore_index, 0)
     return _reduce(loss, labels, weight, ignore_index, reduction)
@@ -229,7 +231,7 @@ def confidence_penalty_loss(
     check_penalty(penalty)
     labels = labels.long()
     log_p = F.log_softmax(_wide(logits), dim=1)
-    ce = _cross_entropy(log_p, labels, ignore_index, kernel=F.nll_loss)
+    ce = per_sample.nll(log_p, labels, ignore_index)
     lowest = torch.finfo(log_p.dtype).min  # a class with logit -inf adds 0 to the entropy, not NaN
     negentropy = (log_p.exp() * log_p.clamp_min(lowest)).sum(1)
     loss = ce + penalty * negentropy.where(labels != ignore_index, 0)
@@ -328,18 +330,6 @@ def _total(loss: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int
         return loss.sum()
     counted = labels != ignore_index
     return loss.sum() / (counted.sum() if scale is None else (counted * scale).sum())
-
-
-def _cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int, kernel: Callable = F.cross_entropy) -> Tensor:
-    """Per sample; of log-probabilities with `F.nll_loss` as the kernel."""
-    try:
-        return kernel(logits, labels, ignore_index=ignore_index, reduction="none")
-    except IndexError as error:  # PyTorch's own check, made while it gathers, costs nothing
-        valid = labels[labels != ignore_index]
-        raise ValueError(
-            f"labels must lie in [0, {logits.shape[1]}) or equal ignore_index ({ignore_index}), "
-            f"found {int(valid.min())} to {int(valid.max())}."
-        ) from error
 
 
 def _check_gamma(gamma: Tensor, ce: Tensor) -> None:
