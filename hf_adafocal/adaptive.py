@@ -36,6 +36,7 @@ class AdaFocalLoss(FocalFamilyLoss):
 
     edges: Tensor
     gammas: Tensor
+    steering_gain = 120.0  # of the temperature rule, over a run, per unit of log T
 
     def __init__(
         self,
@@ -92,6 +93,14 @@ class AdaFocalLoss(FocalFamilyLoss):
             ValueError: As `update`.
         """
         self.update(statistics.edges, statistics.gap)
+
+    def steer(self, change: float) -> None:
+        """Add `change` to every gamma, within the limits: the temperature rule, which is ours (see `steering`)."""
+        self.gammas.add_(change).clamp_(self.rule["gamma_min"], self.rule["gamma_max"])
+
+    def readings(self) -> dict[str, float]:
+        """What a log shows: the gamma of each bin."""
+        return {f"gamma_{index:02d}": value for index, value in enumerate(self.gammas.tolist())}
 
     def table(self) -> dict[str, list]:
         """The table as plain lists, by the names of `set_table`'s arguments."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from hf_adafocal import auxiliary
 from hf_adafocal.adaptive import AdaFocalLoss
 from hf_adafocal.frame import ClassificationLoss
-from hf_adafocal.losses import CrossEntropyLoss
+from hf_adafocal.losses import AdaptiveLabelSmoothingLoss, CrossEntropyLoss
 
 
 class Term(NamedTuple):
@@ -150,8 +150,8 @@ class CombinedLoss(nn.Module):
         return ", ".join([repr(self.term), *(f"{name}={value}" for name, value in settings.items())])
 
 
-def adaptive_part(loss: Any) -> AdaFocalLoss | None:
-    """The `AdaFocalLoss` whose table a callback is to move: the loss itself, or the base of a combined one.
+def adaptive_part(loss: Any) -> AdaFocalLoss | AdaptiveLabelSmoothingLoss | None:
+    """What a callback is to move: the loss itself, or the base of a combined one.
 
     Args:
         loss: Any loss.
@@ -161,7 +161,7 @@ def adaptive_part(loss: Any) -> AdaFocalLoss | None:
     """
     if isinstance(loss, CombinedLoss):
         loss = loss.base
-    return loss if isinstance(loss, AdaFocalLoss) else None
+    return loss if isinstance(loss, AdaFocalLoss | AdaptiveLabelSmoothingLoss) else None
 
 
 def _check_arguments(term: str, weight: Tensor | None, reduction: str) -> None:

@@ -5,11 +5,13 @@ from typing import Any
 import numpy as np
 import torch
 from sklearn.model_selection import train_test_split
-from torch.utils.data import Subset
+from torch.utils.data import IterableDataset, Subset
 from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
+from hf_adafocal.adaptive import ClasswiseAdaFocalLoss
+from hf_adafocal.losses import AdaptiveLabelSmoothingLoss
 from hf_adafocal.training_args import AdaFocalTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -104,24 +106,65 @@ def evaluated_as(calibration_dataset: Any, eval_dataset: Any) -> str | None:
     return "eval" if eval_dataset is calibration_dataset else None
 
 
-def check_calibration(calibration_dataset: Any, args: TrainingArguments, num_bins: int) -> None:
+def choose_rule(args: TrainingArguments, loss: Any, given: bool, calibration_dataset: Any) -> str | None:
+    """The update rule of a run; in `args` too where a stream leaves only the paper's.
+
+    Args:
+        args: Of the trainer.
+        loss: What moves, or None.
+        given: The loss is not one that `args` name: it keeps the paper's rule unless `update_rule` says otherwise.
+        calibration_dataset: The held-out data.
+
+    Raises:
+        ValueError: If the loss does not move by the rule that `args` name, or a stream cannot feed it.
+    """
+    if loss is None:
+        return None
+    said = getattr(args, "update_rule", None)
+    only = "paper" if isinstance(loss, ClasswiseAdaFocalLoss) else None
+    only = "temperature" if isinstance(loss, AdaptiveLabelSmoothingLoss) else only
+    if only is not None and said not in (None, only):
+        raise ValueError(f"{type(loss).__name__} moves by the {only} rule alone; leave update_rule out.")
+    rule = only or said or ("paper" if given else args.rule)
+    streamed = calibration_dataset is not None and (
+        isinstance(calibration_dataset, IterableDataset) or not hasattr(calibration_dataset, "__len__")
+    )
+    if rule == "temperature" and streamed and (only or said):
+        raise ValueError(
+            "The temperature rule looks at slices of the calibration set, and this one is a stream. Pass a "
+            "calibration set with a length and an index, or train with loss='adafocal' and update_rule='paper'."
+        )
+    if only == "temperature" or said or given:
+        return rule
+    if only:
+        reason = "this loss has no other"
+    elif streamed:
+        rule = args.update_rule = "paper"
+        reason = "the calibration set is a stream"
+    else:
+        reason = "it follows the calibration set in a few epochs too, where the paper's rule has no time to"
+    logger.warning(f"update_rule={rule!r} moves gamma: {reason}. Set update_rule to say so yourself.")
+    return rule
+
+
+def check_calibration(calibration_dataset: Any, args: TrainingArguments, rule: str, num_bins: int) -> None:
     """Refuse no calibration set, an empty one, or one that is never evaluated; warn of a small one."""
     if calibration_dataset is None:
         raise ValueError(
-            "AdaFocal updates gamma on a held-out calibration split, but there is none. Pass `calibration_dataset` or "
+            "AdaFocal follows a held-out calibration split, but there is none. Pass `calibration_dataset` or "
             "`eval_dataset`, or set `calibration_fraction`. Split it off train, not test."
         )
-    if args.eval_strategy == IntervalStrategy.NO:
+    if rule == "paper" and args.eval_strategy == IntervalStrategy.NO:
         raise ValueError(
-            "AdaFocal updates gamma when it evaluates, but eval_strategy is 'no', so gamma would never move. "
-            "Set eval_strategy='epoch'."
+            "By the paper's rule gamma moves when the trainer evaluates, but eval_strategy is 'no', so it would never "
+            "move. Set eval_strategy='epoch', or update_rule='temperature'."
         )
     if not hasattr(calibration_dataset, "__len__"):
         return
     size = len(calibration_dataset)
     if size == 0:
         raise ValueError("The calibration set is empty: AdaFocal cannot measure a calibration gap on it.")
-    if size < SAMPLES_PER_BIN * num_bins:
+    if rule == "paper" and size < SAMPLES_PER_BIN * num_bins:
         logger.warning(
             f"The calibration set has {size} samples for {num_bins} bins, fewer than {SAMPLES_PER_BIN} a bin, so "
             "gamma will follow noise. Hold out more samples or lower num_bins."

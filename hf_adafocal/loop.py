@@ -1,8 +1,6 @@
 """Calibration in a training loop of your own: what `AdaFocalTrainer` does when it evaluates, as one call."""
 
-import random
-from collections.abc import Iterable, Iterator, Mapping, Sized
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -11,7 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_adafocal.adaptive import ClasswiseAdaFocalLoss
+from hf_adafocal.adaptive import AdaFocalLoss, ClasswiseAdaFocalLoss
 from hf_adafocal.binning import BinStats
 from hf_adafocal.calibration import (
     IGNORED,
@@ -23,6 +21,7 @@ from hf_adafocal.calibration import (
     split_finite,
 )
 from hf_adafocal.combined import adaptive_part
+from hf_adafocal.undisturbed import evaluating, random_state_kept
 
 
 class Calibration(NamedTuple):
@@ -69,7 +68,7 @@ def calibrate(
     device = accelerator.device if accelerator is not None else getattr(next(model.parameters(), None), "device", None)
     ignore_index = getattr(loss, "ignore_index", -100)
     batches, num_classes = [], None
-    with torch.no_grad(), _evaluating(model), _random_state_kept(_generators(dataloader)):
+    with torch.no_grad(), evaluating(model), random_state_kept(_generators(dataloader)):
         for batch in dataloader:
             inputs, labels = _split(batch if device is None else send_to_device(batch, device))
             logits = classes_last(_logits(model, inputs), labels)
@@ -80,7 +79,7 @@ def calibrate(
     num_bins = getattr(adaptive, "num_bins", 15)
     of_classes = num_classes if isinstance(adaptive, ClasswiseAdaFocalLoss) else None
     measured = Calibration(sample_metrics(rows, num_bins), equal_mass_statistics(rows, num_bins, of_classes))
-    if adaptive is not None:
+    if isinstance(adaptive, AdaFocalLoss):
         adaptive.update_from(measured.statistics)
     return measured
 
@@ -107,34 +106,6 @@ def _check_processes(dataloader: Any, accelerator: Accelerator | None) -> None:
             f"The dataloader samples {len(sampler)} of {len(dataset)} samples, and accelerate cannot tell then which "
             "ones pad the last batch. Give it a `torch.utils.data.Subset` of the data instead of a sampler."
         )
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module is in the mode it was in, frozen ones too."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-
-
-@contextmanager
-def _random_state_kept(generators: list[torch.Generator]) -> Iterator[None]:
-    """Put back the random state of Python, numpy and torch, and of these generators."""
-    python, of_numpy = random.getstate(), np.random.get_state()
-    states = [generator.get_state() for generator in generators]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices, device_type="cuda"):  # the CPU's state too
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(of_numpy)
-            for generator, state in zip(generators, states, strict=True):
-                generator.set_state(state)
 
 
 def _generators(dataloader: Any) -> list[torch.Generator]:

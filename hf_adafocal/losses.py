@@ -166,6 +166,53 @@ class LabelSmoothingLoss(ClassificationLoss):
         return f"smoothing={self.smoothing.item():.4g}"
 
 
+class AdaptiveLabelSmoothingLoss(LabelSmoothingLoss):
+    """Ours, not a paper's: label smoothing whose eps is steered as the temperature rule steers AdaFocal's gamma.
+
+    Args:
+        smoothing: eps before the first update, in [-0.1, 0.5].
+        **kwargs: As in `LabelSmoothingLoss`.
+
+    Attributes:
+        smoothing: eps, a scalar buffer.
+
+    Raises:
+        ValueError: If `smoothing` is out of range.
+    """
+
+    steering_gain = 2.0  # over a run, per unit of log T
+
+    def __init__(self, smoothing: float = 0.0, **kwargs) -> None:
+        super().__init__(smoothing, **kwargs)
+        self.initial = smoothing
+
+    def reset(self) -> None:
+        """Return to the eps of an untrained model."""
+        self.set_smoothing(self.initial)
+
+    def steer(self, change: float) -> None:
+        """Add `change` to eps, within its range."""
+        low, high = functional.SMOOTHING_RANGE
+        self.set_smoothing(min(max(self.smoothing.item() + change, low), high))
+
+    def table(self) -> dict[str, float]:
+        """The state as JSON can hold it, by the names of `set_table`'s arguments."""
+        return {"smoothing": self.smoothing.item()}
+
+    def set_table(self, smoothing: float) -> None:
+        """Set eps, as when a run resumes.
+
+        Raises:
+            ValueError: If it is not in [-0.1, 0.5].
+        """
+        functional.check_smoothing(round(smoothing, 6))  # in float32 -0.1 lies below itself
+        self.smoothing.fill_(smoothing)
+
+    def readings(self) -> dict[str, float]:
+        """What a log shows."""
+        return self.table()
+
+
 class BrierLoss(ClassificationLoss):
     """The Brier score of the softmax, summed over classes.
 
@@ -216,6 +263,7 @@ LOSSES: dict[str, type[ClassificationLoss]] = {
     "flsd_53": FLSD53Loss,
     "adafocal": AdaFocalLoss,
     "label_smoothing": LabelSmoothingLoss,
+    "adaptive_label_smoothing": AdaptiveLabelSmoothingLoss,
     "brier": BrierLoss,
     "dual_focal": DualFocalLoss,
     "inverse_focal": InverseFocalLoss,

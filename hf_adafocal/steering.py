@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-PRIOR_ERRORS = 10  # a slice with this many errors moves the knob half as far as its log T asks
-MAX_NEWTON = 0.6  # of the Newton step in 1 / T, beyond which the quadratic says little
+PRIOR_CURVATURE = 16.0  # of a prior on 1 / T with mean 1 and standard deviation 1 / 4
 MAX_LOG_T = 0.3  # of one update
 COMPUTE = 0.05  # of the training compute for calibration; a forward pass is a third of a training step
 START = 0.08  # share of the steps before the first update: an untrained model is under-confident, and unlike it later
 MOST_UPDATES, MOST_SAMPLES, FEWEST_SAMPLES = 20, 256, 64
+FEWEST_SHARES = 10  # of the run's gain: an update takes a tenth at most
 STEPS_PER_UPDATE = 10  # at least, so that a model has answered one update before the next
 
 
@@ -35,10 +35,11 @@ def temperature_sums(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
         ignore_index: Label of samples that do not count.
 
     Returns:
-        Shape `(4,)`, float64: `sum(z_label - m)`, `sum(v)`, the number of samples, how many of them are wrong.
+        Shape `(3,)`, float64 on the CPU: `sum(z_label - m)`, `sum(v)`, the number of samples. Not finite if a logit
+        is NaN or infinite; a class of probability 0 may have a logit of -inf.
 
     Raises:
-        ValueError: If the shapes do not fit or a logit of a counted sample is not finite.
+        ValueError: If the shapes do not fit.
     """
     if labels.shape != logits.shape[:-1]:
         raise ValueError(
@@ -47,21 +48,20 @@ def temperature_sums(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
     counted = labels != ignore_index
     logits, labels = logits[counted], labels[counted].long()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if not torch.isfinite(logits).all():
-        raise ValueError("The logits of the calibration set must be finite, found NaN or infinite values.")
     p = F.softmax(logits, dim=-1)
-    centred = logits - (p * logits).sum(-1, keepdim=True)
-    score = centred.gather(-1, labels[:, None])
-    wrong = logits.argmax(-1) != labels
-    sums = [score, p * centred.square(), torch.ones_like(labels), wrong]
-    return torch.stack([part.double().sum() for part in sums])
+    possible = p != 0  # NaN is
+    mean = (p * logits.where(possible, 0)).sum(-1, keepdim=True)
+    score = logits.gather(-1, labels[:, None]) - mean
+    spread = p * (logits - mean).where(possible, 0).square()
+    sums = torch.stack([score.sum(), spread.sum()]).cpu().double()
+    return torch.cat([sums, sums.new_tensor([len(labels)])])
 
 
 def log_temperature(sums: Tensor) -> float:
     """Log of the temperature that fits held-out samples, one Newton step from T = 1, as far as they are evidence.
 
-    What a slice tells of T lies in its errors, and without an error T has no optimum (it falls to 0). So the step is
-    scaled by `errors / (errors + 10)`: none without errors, half with ten.
+    The curvature is how much the samples tell of 1 / T (their Fisher information), and it is added to that of a prior
+    by which 1 / T is 1, give or take a quarter. So a few certain predictions, or an untrained model's, move little.
 
     Args:
         sums: Of `temperature_sums`, over at least one sample.
@@ -69,17 +69,31 @@ def log_temperature(sums: Tensor) -> float:
     Returns:
         log T, in [-0.3, 0.3]: positive if the model is over-confident.
 
-    >>> round(log_temperature(torch.tensor([-20.0, 100.0, 256.0, 90.0])), 3)  # a Newton step of 0.223, times 0.9
-    0.201
+    Raises:
+        ValueError: If there is no sample, or a logit was NaN or infinite.
+
+    >>> round(log_temperature(torch.tensor([-20.0, 84.0, 256.0])), 3)  # 1 / T = 1 - 20 / (84 + 16)
+    0.223
     """
-    score, curvature, _, wrong = sums.tolist()
-    if curvature > 0:
-        ratio = score / curvature
-    else:
-        ratio = math.copysign(MAX_NEWTON, score) if score else 0.0  # every prediction is certain
-    newton = -math.log1p(min(max(ratio, -MAX_NEWTON), MAX_NEWTON))
-    trusted = newton * wrong / (wrong + PRIOR_ERRORS)
-    return min(max(trusted, -MAX_LOG_T), MAX_LOG_T)
+    score, curvature, samples = sums.tolist()
+    if not samples:
+        raise ValueError("Every label of this slice of the calibration set is ignored: nothing to measure.")
+    if not math.isfinite(score + curvature):
+        raise ValueError(
+            "The logits of the calibration set must be finite, found NaN or infinite values. Check the learning rate "
+            "and gradient clipping (has training diverged?) and fp16 overflow (use bf16 or float32)."
+        )
+    lowest, highest = math.exp(-MAX_LOG_T), math.exp(MAX_LOG_T)
+    return -math.log(min(max(1 + score / (curvature + PRIOR_CURVATURE), lowest), highest))
+
+
+def gain_per_update(gain: float, updates: int) -> float:
+    """What a knob moves per unit of log T: `gain` over a run, shared by its updates; few updates take no leaps.
+
+    >>> gain_per_update(120, 20), gain_per_update(120, 2)
+    (6.0, 12.0)
+    """
+    return gain / max(updates, FEWEST_SHARES)
 
 
 @dataclass(frozen=True)
@@ -108,7 +122,12 @@ class Schedule:
 
 
 def schedule(
-    total_steps: int, samples_per_step: int, calibration_size: int, every: int | None = None, processes: int = 1
+    total_steps: int,
+    samples_per_step: int,
+    calibration_size: int,
+    every: int | None = None,
+    samples: int | None = None,
+    processes: int = 1,
 ) -> Schedule:
     """Updates that spread over a run and cost about 5 % of its compute: at most 20, each on 64 to 256 samples.
 
@@ -117,6 +136,7 @@ def schedule(
         samples_per_step: Samples of one of them, over all processes.
         calibration_size: Samples of the calibration set, at least one a process.
         every: Steps from one update to the next, instead of as many updates as the compute allows.
+        samples: Calibration samples of one update, instead of what the compute allows; the whole set if it is smaller.
         processes: Slices are multiples of it, so that every process does the same.
 
     Returns:
@@ -126,20 +146,20 @@ def schedule(
         ValueError: If a number is below 1 or the calibration set is smaller than the number of processes.
     """
     numbers = {"total_steps": total_steps, "samples_per_step": samples_per_step, "calibration_size": calibration_size}
-    for name, number in {**numbers, "every": 1 if every is None else every, "processes": processes}.items():
+    chosen = {name: n for name, n in (("every", every), ("samples", samples)) if n is not None}
+    for name, number in {**numbers, **chosen, "processes": processes}.items():
         if number < 1:
             raise ValueError(f"{name} must be at least 1, found {number}.")
     if calibration_size < processes:
         raise ValueError(f"Expected a calibration sample for each of {processes} processes, found {calibration_size}.")
     start = round(START * total_steps)
+    affordable = 3 * COMPUTE * total_steps * samples_per_step
+    size = samples or min(max(affordable / MOST_UPDATES, FEWEST_SAMPLES), MOST_SAMPLES)
     if every is None:
-        affordable = 3 * COMPUTE * total_steps * samples_per_step
-        size = min(max(affordable / MOST_UPDATES, FEWEST_SAMPLES), MOST_SAMPLES)
         updates = min(MOST_UPDATES, int(affordable // size), total_steps // STEPS_PER_UPDATE)
         updates = max(updates, min(1, total_steps // STEPS_PER_UPDATE))
         steps = tuple(start + round(k * (total_steps - start) / (updates + 1)) for k in range(1, updates + 1))
     else:
-        size = MOST_SAMPLES
         steps = tuple(range(start + every, total_steps, every))
     size = min(int(size), calibration_size)
     return Schedule(steps, max(size // processes, 1) * processes)

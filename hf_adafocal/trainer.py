@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch.utils.data import DataLoader, Subset
 from transformers import Trainer, TrainingArguments
 from transformers.integrations import TensorBoardCallback
 from transformers.trainer_utils import (
@@ -16,7 +18,14 @@ from transformers.utils import logging
 from hf_adafocal.adaptive import ClasswiseAdaFocalLoss
 from hf_adafocal.binning import BinStats
 from hf_adafocal.calibration import IGNORED, HistogramCollector, SampleCollector, classes_last, per_sample
-from hf_adafocal.callback import AdaFocalCallback, EpochBegin, SaveAfterEvaluation, saved_table
+from hf_adafocal.callback import (
+    AdaFocalCallback,
+    EpochBegin,
+    SaveAfterEvaluation,
+    TableCallback,
+    TemperatureCallback,
+    saved_table,
+)
 from hf_adafocal.checkpoints import STATE_FILE, last_complete_checkpoint
 from hf_adafocal.combined import CombinedLoss, adaptive_part
 from hf_adafocal.folding import RECORD
@@ -24,6 +33,7 @@ from hf_adafocal.inputs import (
     calibration_entry,
     carve,
     check_calibration,
+    choose_rule,
     evaluated_as,
     refuse_ignored_arguments,
     refuse_other_batches,
@@ -34,8 +44,10 @@ from hf_adafocal.losses import AdaFocalLoss
 from hf_adafocal.model_card import START, write_card
 from hf_adafocal.reports import pictures, read_report, versions
 from hf_adafocal.splits import check_splits, without_overlap
+from hf_adafocal.steering import temperature_sums
 from hf_adafocal.tracking import TRACKERS, PictureCallback
 from hf_adafocal.training_args import AdaFocalTrainingArguments, refuse_streaming
+from hf_adafocal.undisturbed import evaluating, random_state_kept
 
 logger = logging.get_logger(__name__)
 
@@ -94,8 +106,12 @@ class AdaFocalTrainer(Trainer):
         refuse_streaming(getattr(args, "streaming_calibration", False), type(adaptive))
         if calibration_dataset is None and adaptive is not None:
             calibration_dataset = calibration_entry(eval_dataset)
+        self.update_rule = choose_rule(args, adaptive, not builds_loss, calibration_dataset)
+        if builds_loss:
+            loss = args.build_loss()  # again: the rule may be another now
+            adaptive = adaptive_part(loss)
         if adaptive is not None and train_dataset is not None:
-            check_calibration(calibration_dataset, args, adaptive.num_bins)
+            check_calibration(calibration_dataset, args, self.update_rule, getattr(adaptive, "num_bins", 0))
 
         super().__init__(model=model, args=args, train_dataset=train_dataset, eval_dataset=eval_dataset, **kwargs)
         if not self.label_names:
@@ -122,15 +138,23 @@ class AdaFocalTrainer(Trainer):
         self._seen_classes: torch.Tensor | None = None  # of the calibration set, while its first evaluation is on
         self._classes_checked = False
         self.add_callback(EpochBegin(self._begin_epoch))
-        if adaptive is not None:
-            first = f"_{next(iter(eval_dataset))}" if isinstance(eval_dataset, dict) else ""
-            trigger = self._calibration_prefix or f"eval{first}"
-            self.add_callback(AdaFocalCallback(adaptive, self._awaited_statistics, trigger, self.log))
-        else:
-            self.add_callback(SaveAfterEvaluation())
+        self.add_callback(SaveAfterEvaluation() if adaptive is None else self._table_callback(adaptive))
         self._samples: dict[str, SampleCollector | HistogramCollector] = {}  # of the last evaluation, by prefix
         if set(TRACKERS) & set(self.args.report_to):
             self.add_callback(PictureCallback(self._pictures, self._tensorboard_writer))
+
+    def _table_callback(self, adaptive: Any) -> TableCallback:
+        if self.update_rule == "paper":
+            first = f"_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, dict) else ""
+            trigger = self._calibration_prefix or f"eval{first}"
+            return AdaFocalCallback(adaptive, self._awaited_statistics, trigger, self.log)
+        size = 0 if self.calibration_dataset is None else len(self.calibration_dataset)
+        return TemperatureCallback(adaptive, self._temperature_sums, size, log=self.log, **self._steering)
+
+    @property
+    def _steering(self) -> dict[str, Any]:
+        named = {"gain": "steering_gain", "every": "calibration_steps", "samples": "calibration_samples"}
+        return {name: getattr(self.args, argument, None) for name, argument in named.items()}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `Trainer.train`; True resumes from the last complete checkpoint, and a damaged one changes nothing.
@@ -159,7 +183,7 @@ class AdaFocalTrainer(Trainer):
     def _check_table(self, checkpoint: str) -> None:
         saved = saved_table(checkpoint)
         for callback in self.callback_handler.callbacks:
-            if saved is not None and isinstance(callback, AdaFocalCallback):
+            if saved is not None and isinstance(callback, TableCallback):
                 callback.check_table(saved, str(Path(checkpoint) / STATE_FILE))
 
     def _run_epoch(self, *args, **kwargs):
@@ -195,11 +219,18 @@ class AdaFocalTrainer(Trainer):
                 f"A trial cannot change the loss from or to 'adafocal', found {self.args.loss!r}: "
                 "search each of the two in a trainer of its own."
             )
+        if getattr(self.args, "rule", None) != self.update_rule:
+            raise ValueError(
+                f"A trial cannot change the update rule from {self.update_rule!r}, found {self.args.rule!r}: search "
+                "each of the two in a trainer of its own."
+            )
         refuse_streaming(getattr(self.args, "streaming_calibration", False), type(adaptive_part(loss)))
         self.loss = loss.to(self.args.device)
         for callback in self.callback_handler.callbacks:
-            if isinstance(callback, AdaFocalCallback):
+            if isinstance(callback, TableCallback):
                 callback.loss = adaptive_part(self.loss)
+            if isinstance(callback, TemperatureCallback):
+                vars(callback).update(self._steering)
 
     def _save_checkpoint(self, model, trial):
         if self.args.should_save:
@@ -341,6 +372,21 @@ class AdaFocalTrainer(Trainer):
             getattr(adaptive, "num_bins", self._num_bins),
             self._num_classes if isinstance(adaptive, ClasswiseAdaFocalLoss) else None,
         )
+
+    def _temperature_sums(self, indices: np.ndarray) -> torch.Tensor:
+        """`steering.temperature_sums` of calibration samples under the model in training, over all processes."""
+        own = indices[self.args.process_index :: self.args.world_size].tolist()
+        collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
+        batches = DataLoader(Subset(self.calibration_dataset, own), self.args.eval_batch_size, collate_fn=collate)
+        sums = torch.zeros(3)
+        with torch.no_grad(), evaluating(self.model_wrapped), random_state_kept():
+            for batch in batches:
+                batch = self._prepare_inputs(batch)
+                with self.compute_loss_context_manager():
+                    _, outputs = self.compute_loss(self.model_wrapped, batch, return_outputs=True)
+                logits = classes_last(outputs["logits"], batch["labels"])
+                sums = sums + temperature_sums(logits, batch["labels"])
+        return self.accelerator.reduce(sums.float().to(self.args.device)).cpu()
 
     def create_model_card(self, *args, **kwargs) -> None:
         """The Trainer's card with the calibration report in it; what a user wrote into an earlier card stays.

@@ -9,19 +9,22 @@ from transformers.trainer_utils import IntervalStrategy
 
 from hf_adafocal.adaptive import AdaFocalLoss, ClasswiseAdaFocalLoss
 from hf_adafocal.combined import TERMS
+from hf_adafocal.losses import AdaptiveLabelSmoothingLoss
 from hf_adafocal.registry import LOSSES, SAMPLE_LOSSES, build_loss
 from hf_adafocal.splits import POLICIES
+
+UPDATE_RULES = ("paper", "temperature")
 
 
 @dataclass
 class AdaFocalTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus the loss, its settings and the calibration split.
 
-    Gamma moves once per evaluation, so `eval_strategy` is "epoch" unless you choose otherwise.
+    By the paper's rule gamma moves once per evaluation, so `eval_strategy` is "epoch" unless you choose otherwise.
 
     Raises:
-        ValueError: If `loss` or `split_overlap` is unknown, or `calibration_fraction` is not in [0, 1), or
-            if `streaming_calibration` cannot feed the loss.
+        ValueError: If `loss`, `update_rule` or `split_overlap` is unknown or two of them do not go
+            together, or `calibration_fraction` is not in [0, 1), or if `streaming_calibration` cannot feed the loss.
     """
 
     loss: str = field(
@@ -29,7 +32,34 @@ class AdaFocalTrainingArguments(TrainingArguments):
     )
     num_bins: int = field(default=15, metadata={"help": "Bins of AdaFocal's table and of eval_ece and eval_ada_ece."})
     focal_gamma: float = field(default=3.0, metadata={"help": "Gamma of loss='focal'; below 0 is inverse focal loss."})
-    gamma_initial: float = field(default=1.0, metadata={"help": "AdaFocal's gamma before the first update."})
+    update_rule: str | None = field(
+        default=None,
+        metadata={
+            "help": "What moves gamma. paper: the gap of each bin, once an evaluation. temperature (ours): one gamma "
+            "for all, some ten times a run, by the temperature of a slice of the calibration set. Left out: "
+            "temperature, but for classwise_adafocal and calibration sets that are streams.",
+            "choices": list(UPDATE_RULES),
+        },
+    )
+    calibration_steps: int | None = field(
+        default=None,
+        metadata={"help": "Steps between updates of the temperature rule; from the run's length if left out."},
+    )
+    calibration_samples: int | None = field(
+        default=None,
+        metadata={"help": "Calibration samples of such an update; from the run's length if left out."},
+    )
+    steering_gain: float | None = field(
+        default=None,
+        metadata={
+            "help": "What the temperature rule moves over a run per unit of log T: 120 for gamma and 2 for the eps of "
+            "adaptive_label_smoothing if left out, 0 for nothing."
+        },
+    )
+    gamma_initial: float | None = field(
+        default=None,
+        metadata={"help": "AdaFocal's gamma before the first update: 1 by the paper's rule, else 0, if left out."},
+    )
     gamma_lambda: float = field(default=1.0, metadata={"help": "Step size of AdaFocal's update."})
     gamma_switch: float = field(default=0.2, metadata={"help": "Where AdaFocal switches to inverse focal (S_th)."})
     gamma_min: float = field(default=-2.0, metadata={"help": "AdaFocal's lowest gamma."})
@@ -83,6 +113,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
             raise ValueError(
                 f"auxiliary_base must be one of {', '.join(SAMPLE_LOSSES)}; found {self.auxiliary_base!r}."
             )
+        self._check_rule()
         if not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"calibration_fraction must lie in [0, 1), found {self.calibration_fraction}.")
         if self.split_overlap not in POLICIES:
@@ -109,9 +140,11 @@ class AdaFocalTrainingArguments(TrainingArguments):
             "classwise_adafocal": {"prior": self.class_prior},
         }.get(loss, {})
         if issubclass(SAMPLE_LOSSES[loss], AdaFocalLoss):
+            one_gamma = self.rule == "temperature"
+            initial = 0.0 if one_gamma else 1.0
             settings |= {
-                "num_bins": self.num_bins,
-                "gamma_initial": self.gamma_initial,
+                "num_bins": 1 if one_gamma else self.num_bins,
+                "gamma_initial": initial if self.gamma_initial is None else self.gamma_initial,
                 "lambda_": self.gamma_lambda,
                 "switch": self.gamma_switch,
                 "gamma_min": self.gamma_min,
@@ -126,6 +159,32 @@ class AdaFocalTrainingArguments(TrainingArguments):
             ValueError: If a setting of the loss is out of range.
         """
         return build_loss(self.loss, **self.loss_settings)
+
+    @property
+    def rule(self) -> str | None:
+        """The update rule of the loss: `update_rule`, or the one for this loss; None if nothing moves."""
+        loss_type = SAMPLE_LOSSES[self._sample_loss]
+        if issubclass(loss_type, AdaptiveLabelSmoothingLoss):
+            return "temperature"
+        if not issubclass(loss_type, AdaFocalLoss):
+            return None
+        return self.update_rule or ("paper" if issubclass(loss_type, ClasswiseAdaFocalLoss) else "temperature")
+
+    def _check_rule(self) -> None:
+        if self.update_rule not in (None, *UPDATE_RULES):
+            raise ValueError(f"update_rule must be one of {', '.join(UPDATE_RULES)}; found {self.update_rule!r}.")
+        only = {"classwise_adafocal": "paper", "adaptive_label_smoothing": "temperature"}.get(self._sample_loss)
+        if only is not None and self.update_rule not in (None, only):
+            raise ValueError(
+                f"{self._sample_loss} moves by the {only} rule alone, found update_rule={self.update_rule!r}. "
+                "Leave it out."
+            )
+        for name in ("calibration_steps", "calibration_samples"):
+            number = getattr(self, name)
+            if number is not None and number < 1:
+                raise ValueError(f"{name} must be at least 1, found {number}.")
+        if self.steering_gain is not None and not 0 <= self.steering_gain < float("inf"):
+            raise ValueError(f"steering_gain must be a finite number from 0, found {self.steering_gain}.")
 
     @property
     def _sample_loss(self) -> str:

@@ -570,7 +570,7 @@ class TestRefusals:
         [
             ({"eval_dataset": None}, "there is none. Pass `calibration_dataset`"),
             ({"eval_dataset": tiny.token_dataset(6).select([])}, "calibration set is empty"),
-            ({"eval_strategy": "no"}, "eval_strategy is 'no', so gamma would never move"),
+            ({"eval_strategy": "no"}, "eval_strategy is 'no', so it would never move"),
             ({"eval_dataset": {"a": tiny.token_dataset(6)}}, r"which of the evaluation sets \['a'\] drives gamma"),
             ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would be ignored"),
         ],
