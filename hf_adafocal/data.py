@@ -16,6 +16,8 @@ logger = logging.get_logger(__name__)
 HUB_IDS = {"20_newsgroups": "SetFit/20_newsgroups", "cifar10": "uoft-cs/cifar10"}
 LABEL_COLUMNS = ("label", "labels")
 TEXT_COLUMNS = ("text", "sentence", "content")
+NOISE = "noise"
+NOISE_DEVIATION = 0.1  # of Gaussian noise on pixels in [0, 1], as the fifth severity of CIFAR-10-C
 
 
 class Splits(NamedTuple):
@@ -73,7 +75,8 @@ def load_splits(
         test_fraction: Share of train held out for the test, if the data set has no split for it.
         max_train_samples: Keep this many training samples, stratified; calibration and test stay whole.
         seed: Seed of every split.
-        ood: Hub id or local folder of out-of-distribution inputs of the same kind.
+        ood: Hub id or local folder of out-of-distribution inputs of the same kind, or "noise": the test images under
+            Gaussian noise of standard deviation 0.1 on pixels in [0, 1].
 
     Returns:
         The splits, with columns renamed to `image` or `text`, and `label`.
@@ -100,7 +103,7 @@ def load_splits(
     train, calibration, test, _ = _apart(Splits(train, calibration, test))
     if max_train_samples is not None and max_train_samples < len(train):
         train, _ = _split(train, len(train) - max_train_samples, seed)
-    return Splits(train, calibration, test, _out_of_distribution(ood, train, input_column) if ood else None)
+    return Splits(train, calibration, test, _out_of_distribution(ood, test, input_column, seed) if ood else None)
 
 
 def encode_texts(splits: Splits, tokenizer: Any, max_length: int | None = None) -> Splits:
@@ -254,14 +257,24 @@ def _split(dataset: Dataset, held_out: float | int, seed: int) -> tuple[Dataset,
     return parts["train"], parts["test"]
 
 
-def _out_of_distribution(path: str, train: Dataset, input_column: str | None) -> Dataset:
+def _out_of_distribution(path: str, test: Dataset, input_column: str | None, seed: int) -> Dataset:
+    target = "image" if "image" in test.column_names else "text"
+    if path == NOISE:
+        if target != "image":
+            raise ValueError("ood='noise' is for images; of texts name a data set: a Hub id or a local folder.")
+        return test.select_columns([target]).map(partial(_noisy, seed=seed), with_indices=True, desc="Adding noise")
     raw = load_dataset(HUB_IDS.get(path, path))
     part = raw["test"] if "test" in raw else raw[next(iter(raw))]
-    target = "image" if "image" in train.column_names else "text"
     source, kind = _find_input(part.features, input_column, exclude=_find_label(part.features))
     if kind != target:
         raise ValueError(f"Out-of-distribution inputs must be of the kind {target!r}, found {kind!r} in {path!r}.")
     return part.select_columns([source]).rename_columns({source: target} if source != target else {})
+
+
+def _noisy(row: dict, index: int, seed: int) -> dict:
+    pixels = np.asarray(row["image"], dtype=float)
+    noise = np.random.default_rng((seed, index)).normal(scale=255 * NOISE_DEVIATION, size=pixels.shape)
+    return {"image": PILImage.fromarray(np.clip(np.round(pixels + noise), 0, 255).astype(np.uint8))}
 
 
 def _augmentation(random_shift: float, horizontal_flip: bool) -> Callable | None:

@@ -55,6 +55,10 @@ class Task:
         default=0.1, metadata={"help": "Share of train held out for calibration, if there is no split for it."}
     )
     max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many samples, stratified."})
+    ood: str | None = field(
+        default=None,
+        metadata={"help": "Out-of-distribution inputs to tell from the test split: a Hub id, a folder, or noise."},
+    )
     split_seed: int | None = field(default=None, metadata={"help": "Seed of the splits; that of the run if left out."})
 
     from_scratch: ClassVar[dict[str, Any]] = {}
@@ -74,6 +78,7 @@ class Task:
             calibration_fraction=self.holdout_fraction,
             max_train_samples=self.max_train_samples,
             seed=seed if self.split_seed is None else self.split_seed,
+            ood=self.ood,
         )
 
 

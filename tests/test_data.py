@@ -133,6 +133,22 @@ class TestLocalFolder:
         with pytest.raises(ValueError, match="must be of the kind 'image', found 'text'"):
             load_splits("digits", ood=other)
 
+    def test_noise_is_the_test_images_under_gaussian_noise_that_a_seed_repeats(self):
+        splits, again, other = (load_splits("digits", ood="noise", seed=seed) for seed in (0, 0, 1))
+        assert splits.ood.column_names == ["image"] and len(splits.ood) == len(splits.test)
+        pairs = [
+            (np.asarray(a["image"], float), np.asarray(b["image"], float)) for a, b in zip(*splits[2:], strict=True)
+        ]
+        grey = np.concatenate([(noisy - clean)[(clean > 100) & (clean < 150)] for clean, noisy in pairs])
+        assert grey.std() == pytest.approx(25.5, rel=0.05) and abs(grey.mean()) < 1  # clipped nowhere near
+        first = [np.asarray(part.ood[0]["image"]) for part in (splits, again, other)]
+        assert (first[0] == first[1]).all() and (first[0] != first[2]).any()
+        assert len({(noisy - clean).tobytes() for clean, noisy in pairs}) == len(pairs)  # drawn anew for each
+
+    def test_noise_is_not_for_texts(self, tmp_path):
+        with pytest.raises(ValueError, match="ood='noise' is for images; of texts name a data set"):
+            load_splits(save(tmp_path / "d", train=texts(40)), ood="noise")
+
     def test_a_hub_id_goes_to_the_hub(self, monkeypatch):
         asked = []
         answer = DatasetDict(train=texts(40))
