@@ -48,9 +48,9 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     compare = verb(
-        "compare", _compare, "fine-tune with several losses and seeds, print one table",
-        "Fine-tune with several losses and seeds; print one table and draw one figure. All other arguments go to "
-        "every run, as for scripts/train_text.py and scripts/train_vision.py.",
+        "compare", _compare, "fine-tune with several losses and seeds, print one table and a verdict",
+        "Fine-tune with several losses and seeds; print one table and a verdict, draw one figure. All other arguments "
+        "go to every run, as for scripts/train_text.py and scripts/train_vision.py.",
         "hf-adafocal compare vision --losses cross_entropy adafocal --seeds 0 1 2", passes_on=True,
     )  # fmt: skip
     compare.add_argument("task", choices=("text", "vision"))
@@ -58,7 +58,8 @@ def _parser() -> argparse.ArgumentParser:
         "--losses",
         nargs="+",
         default=["cross_entropy", "focal", "flsd_53", "adafocal"],
-        help="names of losses, or all (default: cross_entropy focal flsd_53 adafocal)",
+        help="names of losses, adafocal:paper for the paper's rule, or all "
+        "(default: cross_entropy focal flsd_53 adafocal)",
     )
     compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     compare.add_argument("--folder", type=Path, default=Path("runs/compare"), help="one folder a run goes in here")

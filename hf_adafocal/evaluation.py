@@ -76,18 +76,21 @@ def report_table(report: dict[str, Any]) -> str:
     return _markdown(rows)
 
 
-def comparison_table(reports: dict[str, Sequence[dict[str, Any]]]) -> str:
+def comparison_table(
+    reports: dict[str, Sequence[dict[str, Any]]], columns: Sequence[tuple[str, str, float, int]] = COLUMNS
+) -> str:
     """Mean and standard deviation over seeds of each loss, raw and after temperature scaling, as a Markdown table.
 
     Args:
         reports: For each loss the `test` entries of its runs.
+        columns: Key in `raw` and `temperature_scaled`, heading, factor and digits of each column.
     """
-    rows = [["loss", "seeds", "scaling", *(heading for _, heading, _, _ in COLUMNS), "T"]]
+    rows = [["loss", "seeds", "scaling", *(heading for _, heading, _, _ in columns), "T"]]
     for loss, runs in reports.items():
         for name, title in (("raw", "none"), ("temperature_scaled", "temperature")):
             cells = [
                 _mean_and_deviation([run[name][key] * factor for run in runs], digits)
-                for key, _, factor, digits in COLUMNS
+                for key, _, factor, digits in columns
             ]
             temperature = _mean_and_deviation([run["temperature"] for run in runs], 2) if name == "raw" else ""
             rows.append([loss, str(len(runs)), title, *cells, temperature])

@@ -10,12 +10,15 @@ from transformers.utils import logging
 
 from hf_adafocal.data import HUB_IDS
 from hf_adafocal.evaluation import comparison_table, split_report
+from hf_adafocal.ood import ood_report
 from hf_adafocal.registry import LOSSES
 from hf_adafocal.reports import add_baselines, pictures, save_report, versions
+from hf_adafocal.scaling import Scaling
 from hf_adafocal.splits import check_splits
 from hf_adafocal.tasks import Task
 from hf_adafocal.trainer import AdaFocalTrainer
 from hf_adafocal.training_args import AdaFocalTrainingArguments
+from hf_adafocal.verdict import verdict
 
 logger = logging.get_logger(__name__)
 
@@ -44,9 +47,10 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
     The folder then holds the checkpoint, `report.json`, a card, `reliability.png` and, if gamma moved, `gamma.png`.
 
     Returns:
-        The report: `test` (see `evaluation.split_report`), `loss`, `gamma`, `splits` (size and hash of each),
-        `held_out` (which of them gamma, the scaling and the report saw), `overlap` (the policy, and how many rows
-        splits share), `seed`, `training`, `versions`.
+        The report: `test` (see `evaluation.split_report`), `ood` if the task has such inputs (`dataset`, and two
+        `ood.ood_report`s, `raw` and `temperature_scaled`), `loss`, `gamma` and `smoothing` (after each update),
+        `splits` (size and hash of each), `held_out` (which of them gamma, the scaling and the report saw), `overlap`
+        (the policy, and how many rows splits share), `seed`, `training`, `versions`.
 
     Raises:
         ValueError: If train, calibration and test share rows by content and `args.split_overlap` is "error".
@@ -74,11 +78,20 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
 
     report = {
         "test": split_report(test[:2], calibration[:2], args.num_bins),
-        "loss": {"name": args.loss, **args.loss_settings},
+        "loss": {
+            "name": args.loss,
+            **args.loss_settings,
+            **({"update_rule": trainer.update_rule} if trainer.update_rule else {}),
+        },
         "gamma": [
             {"step": entry["step"], "gammas": [gamma for name, gamma in entry.items() if name.startswith("gamma_")]}
             for entry in trainer.state.log_history
             if "gamma_00" in entry
+        ],
+        "smoothing": [
+            {"step": entry["step"], "smoothing": entry["smoothing"]}
+            for entry in trainer.state.log_history
+            if "smoothing" in entry
         ],
         "splits": {
             role: {"size": len(getattr(splits, role)), "hash": None if found is None else found.hash}
@@ -97,6 +110,14 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
         },
         "versions": versions(),
     }
+    if splits.ood is not None:
+        out = trainer.predict(splits.ood, metric_key_prefix="ood").predictions
+        scaling = Scaling.from_dict(report["test"]["scaling"])
+        report["ood"] = {
+            "dataset": task.ood,
+            "raw": ood_report(test.predictions, out),
+            "temperature_scaled": ood_report(*map(scaling.apply, (test.predictions, out))),
+        }
     trainer.save_model()
     trainer.save_state()
     if trainer.is_world_process_zero():
@@ -112,12 +133,12 @@ def compare(
     folder: Path,
     reuse: bool = False,
 ) -> dict[str, list[dict[str, Any]]]:
-    """Fine-tune once for each loss and seed, and save `comparison.md` and `comparison.png` in `folder`.
+    """Fine-tune once for each loss and seed; save `comparison.md` (table, verdict) and `comparison.png` in `folder`.
 
     Args:
         task_class: The kind of task.
         arguments: Command line of every run, as for the training scripts.
-        losses: Names in `LOSSES`.
+        losses: Names in `LOSSES`; "adafocal:paper" and "adafocal:temperature" name the update rule too.
         seeds: Seeds of split, initial weights and order; runs of one seed differ in the loss alone.
         folder: Holds one folder a run, `<loss>-<seed>`.
         reuse: Take the `report.json` of a run that is there instead of repeating it.
@@ -128,15 +149,18 @@ def compare(
     Raises:
         ValueError: If a loss is unknown, before anything is trained.
     """
-    unknown = set(losses) - set(LOSSES)
+    unknown = {loss.partition(":")[0] for loss in losses} - set(LOSSES)
     if unknown:
         raise ValueError(f"losses must be among {', '.join(LOSSES)}; found {', '.join(sorted(unknown))}.")
+    folders = {loss: {seed: folder / f"{loss.replace(':', '-')}-{seed}" for seed in seeds} for loss in losses}
     reports: dict[str, list[dict[str, Any]]] = {loss: [] for loss in losses}
     for seed in seeds:
         for loss in losses:
-            output = folder / f"{loss}-{seed}"
+            name, _, rule = loss.partition(":")
+            output = folders[loss][seed]
             finished = output / "report.json"
-            flags = ["--loss", loss, "--seed", str(seed), "--output_dir", str(output)]
+            flags = ["--loss", name, "--seed", str(seed), "--output_dir", str(output)]
+            flags += ["--update_rule", rule] if rule else []
             task, args = parse_arguments(task_class, [*arguments, *flags])
             if reuse and finished.exists():
                 logger.warning(f"Reusing {finished}")
@@ -144,9 +168,10 @@ def compare(
             else:
                 reports[loss].append(finetune(task, args))
     if args.process_index == 0:
-        add_baselines({loss: [folder / f"{loss}-{seed}" for seed in seeds] for loss in losses})
+        add_baselines({loss: list(by_seed.values()) for loss, by_seed in folders.items()})
         tests = {loss: [report["test"] for report in runs] for loss, runs in reports.items()}
-        (folder / "comparison.md").write_text(comparison_table(tests) + "\n")
+        texts = filter(None, (comparison_table(tests), verdict(tests)))
+        (folder / "comparison.md").write_text("\n\n".join(texts) + "\n")
         _draw_comparison(folder, tests)
     return reports
 

@@ -156,6 +156,9 @@ def _block(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> 
         loss=LOSS_NAMES.get(loss.get("name"), loss.get("name", "an unknown loss")),
         settings={name: value for name, value in loss.items() if name != "name"},
         gamma=report.get("gamma"),
+        smoothing=report.get("smoothing"),
+        by_temperature=loss.get("update_rule") == "temperature",
+        signal="temperature of slices of" if loss.get("update_rule") == "temperature" else "calibration gap on",
         training=report.get("training", {}),
         seed=report.get("seed"),
         sizes={

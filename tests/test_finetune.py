@@ -20,6 +20,7 @@ pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
 SCRIPTS = Path(__file__).parent.parent / "scripts"
+PAPER = ["--update_rule", "paper"]
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "2", "--max_train_samples", "200"]
 
 
@@ -67,7 +68,7 @@ class TestParseArguments:
 def vision_run(tmp_path_factory):
     """A short run on digits: its folder and report."""
     folder = tmp_path_factory.mktemp("vision")
-    report = finetune(*parse_arguments(ImageTask, [*QUICK, "--output_dir", str(folder), "--seed", "3"]))
+    report = finetune(*parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(folder), "--seed", "3"]))
     return folder, report
 
 
@@ -101,12 +102,56 @@ class TestFinetune:
         assert [entry["step"] for entry in report["gamma"]] == [7, 14]
         assert all(len(entry["gammas"]) == 15 for entry in report["gamma"])
         assert report["loss"]["name"] == "adafocal" and report["loss"]["gamma_max"] == 20
+        assert report["loss"]["update_rule"] == "paper"
         saved = json.loads((vision_run[0] / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
         assert report["gamma"][-1]["gammas"] == saved["gammas"]
 
+    def test_the_knob_of_the_temperature_rule_is_in_the_report_and_on_the_card(self, tmp_path):
+        line = [
+            *QUICK,
+            "--output_dir",
+            str(tmp_path),
+            "--loss",
+            "adaptive_label_smoothing",
+            "--calibration_steps",
+            "4",
+        ]
+        report = finetune(*parse_arguments(ImageTask, line))
+        assert [entry["step"] for entry in report["smoothing"]] == [5, 9, 13] and report["gamma"] == []
+        assert report["loss"]["update_rule"] == "temperature"
+        saved = json.loads((tmp_path / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
+        assert saved == {"smoothing": report["smoothing"][-1]["smoothing"], "updates": 3}
+        card = (tmp_path / "README.md").read_text()
+        assert "Epsilon moved 3 times, by the temperature of slices of the calibration split; it ended at" in card
+
+    def test_the_one_gamma_of_the_temperature_rule_is_on_the_card(self, tmp_path):
+        line = [*QUICK, "--output_dir", str(tmp_path), "--update_rule", "temperature"]
+        report = finetune(*parse_arguments(ImageTask, line))
+        assert all(len(entry["gammas"]) == 1 for entry in report["gamma"])
+        ended = f"it ended at {report['gamma'][-1]['gammas'][0]:.2f}."
+        assert (
+            f"moved {len(report['gamma'])} times, by the temperature of slices" in (tmp_path / "README.md").read_text()
+        )
+        assert ended in (tmp_path / "README.md").read_text() and (tmp_path / "gamma.png").exists()
+
+    def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path):
+        line = [*QUICK, "--output_dir", str(tmp_path), "--loss", "cross_entropy", "--ood", "noise", "--seed", "3"]
+        report = finetune(*parse_arguments(ImageTask, line))
+        model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        processor, splits = AutoImageProcessor.from_pretrained(tmp_path), load_splits(seed=3, ood="noise")
+        with torch.no_grad():
+            test, other = (
+                model(**processor([image.convert("RGB") for image in part["image"]], return_tensors="pt")).logits
+                for part in (splits.test, splits.ood)
+            )
+        confidence = [logits.double().softmax(-1).amax(-1).numpy() for logits in (test, other)]
+        wins = (confidence[0][:, None] > confidence[1]).mean() + (confidence[0][:, None] == confidence[1]).mean() / 2
+        assert report["ood"]["raw"]["max_softmax_auroc"] == pytest.approx(wins, abs=1e-4)
+        assert report["ood"]["dataset"] == "noise" and report["ood"]["temperature_scaled"]["num_out"] == 360
+
     def test_one_seed_gives_one_result(self, vision_run, tmp_path):
         _, report = vision_run
-        again = finetune(*parse_arguments(ImageTask, [*QUICK, "--output_dir", str(tmp_path), "--seed", "3"]))
+        again = finetune(*parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(tmp_path), "--seed", "3"]))
         assert again["test"] == report["test"] and again["gamma"] == report["gamma"]
 
     def test_a_text_model_is_trained_from_scratch_with_a_tokenizer_of_its_own(self, tmp_path):
@@ -143,10 +188,18 @@ class TestCompare:
             "cross_entropy": [0, 1], "focal": [0, 1],
         }  # fmt: skip
         assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
-        assert len((tmp_path / "comparison.md").read_text().splitlines()) == 2 + 2 * 2
+        *table, blank, verdict = (tmp_path / "comparison.md").read_text().splitlines()
+        assert len(table) == 2 + 2 * 2 and blank == "" and verdict.startswith("2 seeds, paired differences")
         assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
             "cross_entropy-0", "cross_entropy-1", "focal-0", "focal-1",
         }  # fmt: skip
+
+    def test_a_loss_can_be_compared_under_both_rules(self, tmp_path):
+        reports = compare(ImageTask, QUICK, ["adafocal:paper", "adafocal:temperature"], [0], tmp_path)
+        assert {loss: runs[0]["loss"]["update_rule"] for loss, runs in reports.items()} == {
+            "adafocal:paper": "paper", "adafocal:temperature": "temperature",
+        }  # fmt: skip
+        assert (tmp_path / "adafocal-paper-0" / "report.json").exists()
 
     def test_an_unknown_loss_is_an_error_before_anything_is_trained(self, tmp_path):
         with pytest.raises(ValueError, match="losses must be among cross_entropy.*found hinge"):
