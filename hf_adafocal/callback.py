@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_adafocal.checkpoints import STATE_FILE, read_state
-from hf_adafocal.steering import Schedule, gain_per_update, log_temperature, schedule
+from hf_adafocal.steering import Schedule, gain_of_update, log_temperature, schedule
 
 logger = logging.get_logger(__name__)
 
@@ -270,7 +270,7 @@ class TemperatureCallback(TableCallback):
         seed = args.seed if args.data_seed is None else args.data_seed
         log_t = log_temperature(self.measure(self.plan.slice(update, self.calibration_size, seed)))
         gain = self.loss.steering_gain if self.gain is None else self.gain
-        self.loss.steer(gain_per_update(gain, len(self.plan.steps)) * log_t)
+        self.loss.steer(gain_of_update(gain, update, len(self.plan.steps)) * log_t)
         should_log = control.should_log  # of the step's training loss; a log of ours would take it back
         self.note_update(state, slice_temperature=math.exp(log_t))
         control.should_log = should_log

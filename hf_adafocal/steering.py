@@ -19,7 +19,7 @@ MAX_LOG_T = 0.3  # of one update
 COMPUTE = 0.05  # of the training compute for calibration; a forward pass is a third of a training step
 START = 0.08  # share of the steps before the first update: an untrained model is under-confident, and unlike it later
 MOST_UPDATES, MOST_SAMPLES, FEWEST_SAMPLES = 20, 256, 64
-FEWEST_SHARES = 10  # of the run's gain: an update takes a tenth at most
+FEWEST_SHARES = 10  # of the gain: a run with fewer updates spends a part of it
 STEPS_PER_UPDATE = 10  # at least, so that a model has answered one update before the next
 
 
@@ -87,13 +87,21 @@ def log_temperature(sums: Tensor) -> float:
     return -math.log(min(max(1 + score / (curvature + PRIOR_CURVATURE), lowest), highest))
 
 
-def gain_per_update(gain: float, updates: int) -> float:
-    """What a knob moves per unit of log T: `gain` over a run, shared by its updates; few updates take no leaps.
+def gain_of_update(gain: float, update: int, updates: int) -> float:
+    """What an update moves per unit of log T: shares of the run's gain that rise linearly, in sum all of it.
 
-    >>> gain_per_update(120, 20), gain_per_update(120, 2)
-    (6.0, 12.0)
+    Early calibration says little of the end's: an untrained model is under-confident, one at a high learning rate
+    often over-confident, and what a knob gathers then it must lose again. Fewer than ten updates take no leaps.
+
+    Args:
+        gain: Of the run, in units of the knob.
+        update: Number of the update, from 0.
+        updates: How many the run has.
+
+    >>> [gain_of_update(120, update, 20) for update in (0, 9, 19)]
+    [0.571..., 5.714..., 11.428...]
     """
-    return gain / max(updates, FEWEST_SHARES)
+    return gain / max(updates, FEWEST_SHARES) * 2 * (update + 1) / (updates + 1)
 
 
 @dataclass(frozen=True)
