@@ -13,6 +13,7 @@ _HOME = {
     "AdaFocalLoss": "losses",
     "AdaFocalTrainer": "trainer",
     "AdaFocalTrainingArguments": "training_args",
+    "AdaptiveLabelSmoothingLoss": "losses",
     "BrierLoss": "losses",
     "CalibrationHistogram": "streaming",
     "CalibrationMetrics": "calibration",

@@ -57,7 +57,8 @@ class AdaFocalTrainer(Trainer):
 
     Every evaluation adds exact `accuracy`, `nll`, `ece` and `ada_ece` under its prefix, to the log, the trackers and
     `metric_for_best_model`; the evaluation loss is the NLL, because gamma moves and could not rank checkpoints.
-    AdaFocal updates gamma after each evaluation during training.
+    By the paper's rule AdaFocal moves its table after each evaluation during training, by the temperature rule some
+    ten times a run whether it evaluates or not; `update_rule` of the trainer says which it is.
 
     Args:
         model: As in `Trainer`; its output has `logits`, shape `(N, C)`; `(N, L, C)` for token classification; or
@@ -200,7 +201,7 @@ class AdaFocalTrainer(Trainer):
         or the sum of what your `compute_metrics` returns. The metrics that this class adds are not added to it.
 
         Raises:
-            ValueError: If a trial changes `loss` from or to "adafocal": that takes another trainer.
+            ValueError: If a trial changes `loss` from or to "adafocal", or the update rule: take a trainer for each.
         """
         return super().hyperparameter_search(hp_space, compute_objective or self._objective, *args, **kwargs)
 

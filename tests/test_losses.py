@@ -41,6 +41,7 @@ GAMMAS = [-2, -1, -0.5, 9, 0.2, 0.5, 1, 3, -0.2, 2, 1, -1, 0.3, 5, 20]
 # What the module of a name computes, if it is not focal loss with the gamma of the module.
 FORMULAS = {
     "label_smoothing": lambda *batch, **options: label_smoothing_loss(*batch, torch.tensor(0.05), **options),
+    "adaptive_label_smoothing": lambda *batch, **options: label_smoothing_loss(*batch, torch.tensor(0.0), **options),
     "brier": brier_loss,
     "dual_focal": lambda *batch, **options: dual_focal_loss(*batch, 5.0, **options),
     "inverse_focal": lambda *batch, **options: focal_loss(*batch, -2.0, **options),
@@ -780,7 +781,7 @@ class TestLosses:
             ({"loss": "label_smoothing", "smoothing": -0.05}, "LabelSmoothingLoss(smoothing=-0.05)"),
             ({"loss": "confidence_penalty", "entropy_penalty": 0.3}, "ConfidencePenaltyLoss(penalty=0.3)"),
             (
-                {"loss": "ada_dual_focal", "num_bins": 7, "gamma_lambda": 2.0},
+                {"loss": "ada_dual_focal", "update_rule": "paper", "num_bins": 7, "gamma_lambda": 2.0},
                 "num_bins=7, gamma_initial=1.0, lambda_=2.0",
             ),
             ({"loss": "classwise_adafocal", "class_prior": 20.0, "gamma_max": 9.0}, "gamma_max=9.0, prior=20.0"),

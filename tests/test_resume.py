@@ -274,7 +274,7 @@ class TestDamagedState:
 class TestCommandLine:
     QUICK = (
         *("--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "2", "--max_train_samples", "160"),
-        *("--random_shift", "0", "--save_strategy", "epoch"),
+        *("--random_shift", "0", "--save_strategy", "epoch", "--update_rule", "paper"),
     )
 
     @pytest.fixture

@@ -17,6 +17,7 @@ from hf_adafocal.steering import (
     MOST_UPDATES,
     START,
     STEPS_PER_UPDATE,
+    gain_of_update,
     log_temperature,
     schedule,
     temperature_sums,
@@ -148,6 +149,14 @@ class TestLogTemperature:
         logits = torch.eye(4) * 1e4
         sums = temperature_sums(logits.repeat(10, 1), torch.arange(4).roll(1).repeat(10))
         assert log_temperature(sums) == pytest.approx(MAX_LOG_T)
+
+
+class TestGainOfUpdate:
+    @pytest.mark.parametrize(("updates", "spent"), [(1, 12), (2, 24), (10, 120), (20, 120)])
+    def test_shares_rise_evenly_and_add_up_to_the_gain_or_a_tenth_of_it_an_update(self, updates, spent):
+        shares = [gain_of_update(120, update, updates) for update in range(updates)]
+        assert sum(shares) == pytest.approx(spent)
+        np.testing.assert_allclose(shares, shares[0] * np.arange(1, updates + 1))
 
 
 class TestSchedule:

@@ -46,7 +46,7 @@ def arguments(folder, **settings) -> AdaFocalTrainingArguments:
         "lr_scheduler_type": "constant",
         "save_strategy": "no",
         "num_bins": 5,
-        "update_rule": "paper",
+        "update_rule": None if settings.get("loss") == "adaptive_label_smoothing" else "paper",
         "use_cpu": True,
         "disable_tqdm": True,
         "logging_steps": 1,
