@@ -553,8 +553,6 @@ WAYS = {
         **{"eval_strategy": "steps", "eval_steps": 3},
     },
     "a dataset of torch": {"eval_dataset": Rows(DATA)},
-    "a column that the model does not take": {"eval_dataset": DATA.add_column("number", [7] * 60)},
-    "the same in a dataset of torch": {"eval_dataset": Rows(DATA.add_column("number", [7] * 60))},
     "columns kept": {"eval_dataset": DATA, "remove_unused_columns": False},
     "small evaluation batches": {"eval_dataset": DATA, "per_device_eval_batch_size": 3},
     "a transform": {"eval_dataset": DATA.with_transform(lambda rows: {**rows, "number": [7] * len(rows["labels"])})},
@@ -571,6 +569,13 @@ class TestCalibrationData:
     def test_however_it_comes_gamma_moves_alike(self, tmp_path, expected, way):
         found = trajectory(trained(tmp_path, split_overlap="skip", **WAYS[way]))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("form", [lambda data: data, Rows], ids=["datasets", "torch"])
+    def test_columns_that_the_model_does_not_take_are_left_out(self, tmp_path, form):
+        data = form(DATA.add_column("number", [7] * 60))  # the model has no **kwargs to swallow it
+        assert trajectory(trained(tmp_path, Norms(), eval_dataset=data)) == trajectory(
+            trained(tmp_path, Norms(), eval_dataset=DATA)
+        )
 
     def test_a_collator_of_the_users_gets_the_columns_that_are_kept(self, tmp_path):
         def collate(rows):
