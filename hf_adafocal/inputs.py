@@ -106,13 +106,25 @@ def evaluated_as(calibration_dataset: Any, eval_dataset: Any) -> str | None:
     return "eval" if eval_dataset is calibration_dataset else None
 
 
-def choose_rule(args: TrainingArguments, loss: Any, given: bool, calibration_dataset: Any) -> str | None:
-    """The update rule of a run; in `args` too where a stream leaves only the paper's.
+def settle_default(args: AdaFocalTrainingArguments, calibration_dataset: Any) -> None:
+    """Say which loss a run takes that names none: in a log line, and of a stream in `args`, since it has no slices."""
+    if _is_stream(calibration_dataset):
+        args.loss, args.update_rule = "adafocal", "paper"
+        why = "AdaFocal by its paper's rule, the one that a calibration set without a length can drive"
+    else:
+        why = "label smoothing steered by the temperature of the calibration set, which calibrates short runs too"
+    logger.warning(
+        f"No loss was named, so training takes {args.loss!r}: {why}. Set `loss` to choose yourself, or "
+        "update_rule='paper' for AdaFocal as its paper has it."
+    )
+
+
+def choose_rule(args: TrainingArguments, loss: Any, calibration_dataset: Any) -> str | None:
+    """The update rule of a run.
 
     Args:
         args: Of the trainer.
-        loss: What moves, or None.
-        given: The loss is not one that `args` name: it keeps the paper's rule unless `update_rule` says otherwise.
+        loss: What moves, or None. AdaFocal keeps the paper's rule unless `update_rule` says otherwise.
         calibration_dataset: The held-out data.
 
     Raises:
@@ -125,26 +137,17 @@ def choose_rule(args: TrainingArguments, loss: Any, given: bool, calibration_dat
     only = "temperature" if isinstance(loss, AdaptiveLabelSmoothingLoss) else only
     if only is not None and said not in (None, only):
         raise ValueError(f"{type(loss).__name__} moves by the {only} rule alone; leave update_rule out.")
-    rule = only or said or ("paper" if given else args.rule)
-    streamed = calibration_dataset is not None and (
-        isinstance(calibration_dataset, IterableDataset) or not hasattr(calibration_dataset, "__len__")
-    )
-    if rule == "temperature" and streamed and (only or said):
+    rule = only or said or "paper"
+    if rule == "temperature" and _is_stream(calibration_dataset):
         raise ValueError(
             "The temperature rule looks at slices of the calibration set, and this one is a stream. Pass a "
             "calibration set with a length and an index, or train with loss='adafocal' and update_rule='paper'."
         )
-    if only == "temperature" or said or given:
-        return rule
-    if only:
-        reason = "this loss has no other"
-    elif streamed:
-        rule = args.update_rule = "paper"
-        reason = "the calibration set is a stream"
-    else:
-        reason = "it follows the calibration set in a few epochs too, where the paper's rule has no time to"
-    logger.warning(f"update_rule={rule!r} moves gamma: {reason}. Set update_rule to say so yourself.")
     return rule
+
+
+def _is_stream(dataset: Any) -> bool:
+    return dataset is not None and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"))
 
 
 def check_calibration(calibration_dataset: Any, args: TrainingArguments, rule: str, num_bins: int) -> None:

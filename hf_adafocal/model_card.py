@@ -19,7 +19,13 @@ PICTURES = {
     "reliability.png": "Accuracy against confidence, with the number of samples in each bin",
     "gamma.png": "Gamma of each confidence bin over training",
 }
-LOSS_NAMES = {"adafocal": "AdaFocal", "cross_entropy": "cross-entropy", "focal": "focal loss", "flsd_53": "FLSD-53"}
+LOSS_NAMES = {
+    "adafocal": "AdaFocal",
+    "cross_entropy": "cross-entropy",
+    "focal": "focal loss",
+    "flsd_53": "FLSD-53",
+    "adaptive_label_smoothing": "adaptive label smoothing",
+}
 
 # Key in a report, heading, `metric_type` on the Hub, factor, digits.
 METRICS = (

@@ -45,3 +45,14 @@ def build_loss(name: str, base: dict[str, Any] | None = None, **settings: Any) -
     if base.get("name") not in SAMPLE_LOSSES:
         raise ValueError(f"The base must be one of {', '.join(SAMPLE_LOSSES)}; found {base.get('name')!r}.")
     return LOSSES[name](build_loss(**base), **settings)
+
+
+def name_of(loss: nn.Module) -> str:
+    """The name in `LOSSES` of a loss, or that of its class if it is none of ours.
+
+    >>> name_of(build_loss("dca")), name_of(nn.NLLLoss())
+    ('dca', 'NLLLoss')
+    """
+    if isinstance(loss, CombinedLoss):
+        return loss.term
+    return next((name for name, kind in SAMPLE_LOSSES.items() if kind is type(loss)), type(loss).__name__)

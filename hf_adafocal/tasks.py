@@ -94,6 +94,7 @@ class TextTask(Task):
 
     from_scratch: ClassVar[dict[str, Any]] = {
         "output_dir": "runs/text",
+        "loss": "adafocal",
         "num_train_epochs": 10,
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 32,
@@ -104,6 +105,7 @@ class TextTask(Task):
         "logging_steps": 50,
     }
     fine_tuned: ClassVar[dict[str, Any]] = {
+        "loss": None,  # what the trainer takes by itself
         "num_train_epochs": 3,
         "learning_rate": 5e-5,
         "per_device_train_batch_size": 16,
@@ -157,6 +159,7 @@ class ImageTask(Task):
 
     from_scratch: ClassVar[dict[str, Any]] = {
         "output_dir": "runs/vision",
+        "loss": "adafocal",
         "num_train_epochs": 50,
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 32,
@@ -169,6 +172,7 @@ class ImageTask(Task):
         "remove_unused_columns": False,  # images are encoded as they are read
     }
     fine_tuned: ClassVar[dict[str, Any]] = {
+        "loss": None,  # what the trainer takes by itself
         "num_train_epochs": 3,
         "learning_rate": 5e-5,
         "per_device_train_batch_size": 32,

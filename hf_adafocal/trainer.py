@@ -39,9 +39,11 @@ from hf_adafocal.inputs import (
     refuse_other_batches,
     refuse_other_labels,
     refuse_other_tasks,
+    settle_default,
 )
 from hf_adafocal.losses import AdaFocalLoss
 from hf_adafocal.model_card import START, write_card
+from hf_adafocal.registry import name_of
 from hf_adafocal.reports import pictures, read_report, versions
 from hf_adafocal.splits import check_splits, without_overlap
 from hf_adafocal.steering import temperature_sums
@@ -54,6 +56,9 @@ logger = logging.get_logger(__name__)
 
 class AdaFocalTrainer(Trainer):
     """A `Trainer` that trains with AdaFocal, or any loss of `LOSSES`, and reports calibration.
+
+    Arguments that name neither a loss nor an update rule get label smoothing steered by the temperature of the
+    calibration set, and a log line says so: of what is in `LOSSES` it came out best in short fine-tunes.
 
     Every evaluation adds exact `accuracy`, `nll`, `ece` and `ada_ece` under its prefix, to the log, the trackers and
     `metric_for_best_model`; the evaluation loss is the NLL, because gamma moves and could not rank checkpoints.
@@ -107,10 +112,11 @@ class AdaFocalTrainer(Trainer):
         refuse_streaming(getattr(args, "streaming_calibration", False), type(adaptive))
         if calibration_dataset is None and adaptive is not None:
             calibration_dataset = calibration_entry(eval_dataset)
-        self.update_rule = choose_rule(args, adaptive, not builds_loss, calibration_dataset)
-        if builds_loss:
-            loss = args.build_loss()  # again: the rule may be another now
+        if builds_loss and args.loss_by_default and train_dataset is not None:
+            settle_default(args, calibration_dataset)
+            loss = args.build_loss()
             adaptive = adaptive_part(loss)
+        self.update_rule = choose_rule(args, adaptive, calibration_dataset)
         if adaptive is not None and train_dataset is not None:
             check_calibration(calibration_dataset, args, self.update_rule, getattr(adaptive, "num_bins", 0))
 
@@ -413,7 +419,11 @@ class AdaFocalTrainer(Trainer):
             "test": {"raw": {**samples.metrics(self._num_bins), **counts}},
             "split": "evaluation",
             "drove_gamma": adaptive_part(self.loss) is not None and samples is self._calibration_samples,
-            "loss": {"name": getattr(self.args, "loss", "adafocal"), **getattr(self.args, "loss_settings", {})},
+            "loss": {
+                "name": name_of(self.loss),
+                **(self.args.loss_settings if self._builds_loss else {}),
+                **({"update_rule": self.update_rule} if self.update_rule else {}),
+            },
             "training": {"model": type(self.model).__name__},
             "versions": versions(),
         }

@@ -48,7 +48,7 @@ ALLOWED = {
     "trainer": {
         *("adaptive", "binning", "calibration", "callback", "checkpoints", "combined", "folding", "losses"),
         *("inputs", "model_card"),
-        *("reports", "splits", "steering", "tracking", "training_args", "undisturbed"),
+        *("registry", "reports", "splits", "steering", "tracking", "training_args", "undisturbed"),
     },
     "evaluation": {"metrics", "scaling", "uncertainty"},
     "verdict": set(),

@@ -608,7 +608,9 @@ class TestCalibrationData:
             build(tmp_path, eval_dataset=streamed, loss=loss, split_overlap="skip")
 
     @pytest.mark.parametrize("sized", [False, True])
-    def test_with_a_stream_and_no_rule_named_gamma_moves_by_the_papers_and_it_says_so(self, tmp_path, sized, warnings):
+    def test_with_a_stream_and_no_loss_named_it_is_adafocal_by_the_papers_rule_and_says_so(
+        self, tmp_path, sized, warnings
+    ):
         class Stream(torch.utils.data.IterableDataset):
             def __iter__(self):
                 return iter(DATA)
@@ -616,7 +618,9 @@ class TestCalibrationData:
         if sized:
             Stream.__len__ = lambda self: 60
         run = build(tmp_path, eval_dataset=Stream(), update_rule=None, eval_strategy="epoch", split_overlap="skip")
-        assert warnings.text.count("update_rule='paper' moves gamma: the calibration set is a stream") == 1
+        assert (
+            warnings.text.count("No loss was named, so training takes 'adafocal': AdaFocal by its paper's rule") == 1
+        )
         run.train()
         assert run.loss.num_bins == 5 and run.loss.gammas.ne(1).all()
         assert [entry["step"] for entry in run.state.log_history if "gamma_04" in entry] == [6, 12]
@@ -626,17 +630,29 @@ class TestChoice:
     def moving(self, run):
         return [type(found) for found in run.callback_handler.callbacks if hasattr(found, "note_update")]
 
-    def test_with_nothing_said_one_gamma_moves_by_the_temperature_and_one_line_says_so(self, tmp_path, warnings):
+    def test_with_nothing_said_a_smoothing_moves_by_the_temperature_and_one_line_says_so(self, tmp_path, warnings):
         run = build(tmp_path, update_rule=None)
         assert self.moving(run) == [TemperatureCallback] and run.update_rule == "temperature"
-        assert run.loss.gammas.tolist() == [0]
-        assert warnings.text.count("update_rule=") == 1
-        assert "update_rule='temperature' moves gamma: it follows the calibration set" in warnings.text
+        assert isinstance(run.loss, AdaptiveLabelSmoothingLoss) and run.loss.smoothing == 0
+        assert warnings.text.count("No loss was named, so training takes 'adaptive_label_smoothing'") == 1
+        run.train()
+        assert len(updates(run)) == 5 and run.loss.smoothing != 0
+
+    def test_to_evaluate_no_loss_need_be_named(self, tmp_path, warnings):
+        AdaFocalTrainer(tiny.bert(), tiny.arguments(tmp_path, update_rule=None), eval_dataset=DATA).evaluate()
+        assert "No loss was named" not in warnings.text
+
+    @pytest.mark.parametrize("loss", ["adafocal", "ada_dual_focal"])
+    def test_a_loss_that_is_named_is_the_papers_in_silence(self, tmp_path, loss, warnings):
+        run = build(tmp_path, loss=loss, update_rule=None, eval_strategy="epoch")
+        assert self.moving(run) == [AdaFocalCallback] and run.loss.gammas.tolist() == [1] * 5
+        assert "No loss was named" not in warnings.text
 
     @pytest.mark.parametrize("rule", ["paper", "temperature"])
     def test_a_rule_that_is_named_is_taken_in_silence(self, tmp_path, rule, warnings):
         run = build(tmp_path, update_rule=rule, eval_strategy="epoch")
-        assert run.update_rule == rule and "update_rule" not in warnings.text
+        assert run.update_rule == rule and isinstance(run.loss, AdaFocalLoss)
+        assert "update_rule" not in warnings.text
         assert self.moving(run) == [{"paper": AdaFocalCallback, "temperature": TemperatureCallback}[rule]]
 
     def test_the_paper_named_with_a_stream_is_taken_in_silence(self, tmp_path, warnings):
@@ -676,7 +692,7 @@ class TestChoice:
     def test_tables_of_classes_move_by_the_papers_alone(self, tmp_path, warnings):
         run = build(tmp_path, loss="classwise_adafocal", update_rule=None, eval_strategy="epoch")
         assert self.moving(run) == [AdaFocalCallback] and run.loss.num_bins == 5
-        assert warnings.text.count("update_rule='paper' moves gamma: this loss has no other") == 1
+        assert "update_rule" not in warnings.text
         with pytest.raises(ValueError, match="classwise_adafocal moves by the paper rule alone"):
             build(tmp_path, loss="classwise_adafocal")
         with pytest.raises(ValueError, match="ClasswiseAdaFocalLoss moves by the paper rule alone"):

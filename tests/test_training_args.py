@@ -29,10 +29,13 @@ class TestAdaFocalTrainingArguments:
         [
             ({}, "temperature"),
             ({"update_rule": "paper"}, "paper"),
-            ({"loss": "ada_dual_focal"}, "temperature"),
+            ({"update_rule": "temperature"}, "temperature"),
+            ({"loss": "adafocal"}, "paper"),
+            ({"loss": "ada_dual_focal"}, "paper"),
             ({"loss": "classwise_adafocal"}, "paper"),
             ({"loss": "adaptive_label_smoothing"}, "temperature"),
-            ({"loss": "mmce", "auxiliary_base": "adafocal"}, "temperature"),
+            ({"loss": "mmce", "auxiliary_base": "adafocal"}, "paper"),
+            ({"loss": "mmce", "auxiliary_base": "adafocal", "update_rule": "temperature"}, "temperature"),
             ({"loss": "mmce", "auxiliary_base": "classwise_adafocal"}, "paper"),
             ({"loss": "mmce"}, None),
             ({"loss": "focal", "update_rule": "paper"}, None),
@@ -43,10 +46,21 @@ class TestAdaFocalTrainingArguments:
 
     @pytest.mark.parametrize("loss", ["adafocal", "ada_dual_focal"])
     def test_by_the_temperature_rule_there_is_one_gamma_that_starts_at_cross_entropy(self, tmp_path, loss):
-        args = AdaFocalTrainingArguments(str(tmp_path), loss=loss)
+        args = AdaFocalTrainingArguments(str(tmp_path), loss=loss, update_rule="temperature")
         assert args.build_loss().gammas.tolist() == [0] and args.num_bins == 15
-        other = AdaFocalTrainingArguments(str(tmp_path), loss=loss, gamma_initial=2.0, gamma_max=5.0).build_loss()
+        settings = {"loss": loss, "update_rule": "temperature", "gamma_initial": 2.0, "gamma_max": 5.0}
+        other = AdaFocalTrainingArguments(str(tmp_path), **settings).build_loss()
         assert other.gammas.tolist() == [2] and other.rule["gamma_max"] == 5
+
+    @pytest.mark.parametrize(
+        ("settings", "loss"),
+        [({}, "adaptive_label_smoothing"), ({"update_rule": "paper"}, "adafocal"), ({"loss": "focal"}, "focal")],
+    )
+    def test_a_loss_left_out_is_the_studys_choice_or_adafocal_by_the_rule_that_is_named(
+        self, tmp_path, settings, loss
+    ):
+        args = AdaFocalTrainingArguments(str(tmp_path), **settings)
+        assert args.loss == loss and args.loss_by_default == (not settings)
 
     def test_it_evaluates_every_epoch_unless_told_otherwise(self, tmp_path):
         assert AdaFocalTrainingArguments(str(tmp_path)).eval_strategy == "epoch"
