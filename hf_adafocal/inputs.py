@@ -4,6 +4,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from accelerate import Accelerator
 from sklearn.model_selection import train_test_split
 from torch.utils.data import IterableDataset, Subset
 from transformers import TrainingArguments
@@ -12,6 +13,7 @@ from transformers.utils import logging
 
 from hf_adafocal.adaptive import ClasswiseAdaFocalLoss
 from hf_adafocal.losses import AdaptiveLabelSmoothingLoss
+from hf_adafocal.splits import check_splits, without_overlap
 from hf_adafocal.training_args import AdaFocalTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -172,6 +174,67 @@ def check_calibration(calibration_dataset: Any, args: TrainingArguments, rule: s
             f"The calibration set has {size} samples for {num_bins} bins, fewer than {SAMPLES_PER_BIN} a bin, so "
             "gamma will follow noise. Hold out more samples or lower num_bins."
         )
+
+
+class SeenClasses:
+    """Which classes the calibration set has, noted while it is evaluated for the first time."""
+
+    def __init__(self) -> None:
+        self._seen: torch.Tensor | None = None
+        self._done = False
+
+    def add(self, labels: torch.Tensor, num_classes: int) -> None:
+        """Note the labels of a batch on this process."""
+        if not self._done:
+            seen = torch.isin(torch.arange(num_classes, device=labels.device), labels)
+            self._seen = seen if self._seen is None else self._seen | seen
+
+    def warn_of_missing(self, accelerator: Accelerator, config: Any) -> None:
+        """Once, over all processes, name the classes of which there was no sample."""
+        if self._done:
+            return
+        seen = accelerator.gather(self._seen[None].int()).any(0)
+        self._done, self._seen = True, None
+        missing = (~seen).nonzero().flatten().tolist()
+        if missing:
+            names = getattr(config, "id2label", None) or {}
+            shown = ", ".join(f"{index} ({names[index]})" if index in names else str(index) for index in missing[:10])
+            logger.warning(
+                f"No sample of the calibration set has the label {shown}{', ...' if len(missing) > 10 else ''} "
+                f"({len(missing)} of {len(seen)} classes), so the loss follows the other classes alone. Hold out a "
+                "part that is stratified by label."
+            )
+
+
+def keep_apart(train: Any, calibration: Any, evaluation: Any, policy: str, carved: bool, **content: Any) -> Any:
+    """Training data without the copies of what was carved from it; other sets that share rows are refused.
+
+    Args:
+        train: The training set.
+        calibration: The calibration set.
+        evaluation: The evaluation set, or several by name; one named "test" is kept apart too.
+        policy: "error", "warn" or "skip".
+        carved: The calibration set was a part of train.
+        **content: What makes two rows the same, as in `splits.without_overlap`.
+
+    Raises:
+        ValueError: If sets share rows and the policy is "error".
+    """
+    if not carved:
+        sets = {"train": train, "calibration": calibration}
+        if isinstance(evaluation, dict) and "test" in evaluation:
+            sets["test"] = evaluation["test"]
+        check_splits(sets, policy, **content)
+        return train
+    if policy == "skip":
+        return train
+    kept = without_overlap(train, calibration, **content)
+    if len(kept) < len(train):
+        logger.warning(
+            f"Dropped {len(train) - len(kept)} of {len(train)} training rows whose inputs stand in the calibration "
+            "set carved from them too."
+        )
+    return kept
 
 
 def carve(train_dataset: Any, args: AdaFocalTrainingArguments) -> tuple[Any, Any]:

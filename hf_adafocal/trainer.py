@@ -30,11 +30,13 @@ from hf_adafocal.checkpoints import STATE_FILE, last_complete_checkpoint
 from hf_adafocal.combined import CombinedLoss, adaptive_part
 from hf_adafocal.folding import RECORD
 from hf_adafocal.inputs import (
+    SeenClasses,
     calibration_entry,
     carve,
     check_calibration,
     choose_rule,
     evaluated_as,
+    keep_apart,
     refuse_ignored_arguments,
     refuse_other_batches,
     refuse_other_labels,
@@ -45,7 +47,6 @@ from hf_adafocal.losses import AdaFocalLoss
 from hf_adafocal.model_card import START, write_card
 from hf_adafocal.registry import name_of
 from hf_adafocal.reports import pictures, read_report, versions
-from hf_adafocal.splits import check_splits, without_overlap
 from hf_adafocal.steering import temperature_sums
 from hf_adafocal.tracking import TRACKERS, PictureCallback
 from hf_adafocal.training_args import AdaFocalTrainingArguments, refuse_streaming
@@ -131,7 +132,14 @@ class AdaFocalTrainer(Trainer):
         for name, dataset in {**named, "calibration": calibration_dataset, "training": train_dataset}.items():
             refuse_other_labels(name, dataset)
         if adaptive is not None and train_dataset is not None:
-            self._keep_apart(calibration_dataset, carved)
+            content = {"blank_tokens": getattr(self.processing_class, "all_special_ids", ())}
+            if self.args.remove_unused_columns:
+                self._set_signature_columns_if_needed()
+                content["columns"] = self._signature_columns
+            self.train_dataset = keep_apart(
+                self.train_dataset, calibration_dataset, eval_dataset, getattr(args, "split_overlap", "error"), carved,
+                **content,
+            )  # fmt: skip
         # compute_loss divides by the number of labels itself, so the Trainer must always count them.
         self.model_accepts_loss_kwargs = True
         self.loss = loss.to(self.args.device)
@@ -142,8 +150,7 @@ class AdaFocalTrainer(Trainer):
         self._evaluating: Any = None  # the data set that `evaluate` reads
         self._calibration_samples: SampleCollector | HistogramCollector | None = None  # of its last evaluation
         self._num_classes: int | None = None  # of the logits evaluated last
-        self._seen_classes: torch.Tensor | None = None  # of the calibration set, while its first evaluation is on
-        self._classes_checked = False
+        self._classes = SeenClasses()  # of the calibration set
         self.add_callback(EpochBegin(self._begin_epoch))
         self.add_callback(SaveAfterEvaluation() if adaptive is None else self._table_callback(adaptive))
         self._samples: dict[str, SampleCollector | HistogramCollector] = {}  # of the last evaluation, by prefix
@@ -301,7 +308,8 @@ class AdaFocalTrainer(Trainer):
         if self._collector is not None:
             gathered = self.accelerator.pad_across_processes(rows, dim=1, pad_index=IGNORED) if rows.ndim > 2 else rows
             self._labelled, self._num_classes = True, logits.shape[-1]
-            self._note_classes(logits, labels)
+            if self._reads_calibration:
+                self._classes.add(labels, logits.shape[-1])
             self._collector.add(self.accelerator.gather_for_metrics(gathered))
         return rows[rows[..., 0] != IGNORED][:, 2].mean()
 
@@ -343,7 +351,7 @@ class AdaFocalTrainer(Trainer):
             raise ValueError(f"Every label of the {metric_key_prefix!r} set is ignored: nothing to evaluate.")
         if self._reads_calibration:
             self._calibration_samples = collected
-            self._warn_of_missing_classes()
+            self._classes.warn_of_missing(self.accelerator, getattr(self.model, "config", None))
         self._samples[metric_key_prefix] = collected
         metrics = collected.metrics(self._num_bins)
         added = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
@@ -386,6 +394,8 @@ class AdaFocalTrainer(Trainer):
         collate = self._get_collator_with_removed_columns(self.data_collator, description="calibration")
         batches = DataLoader(Subset(self.calibration_dataset, own), self.args.eval_batch_size, collate_fn=collate)
         sums = torch.zeros(3)
+        if callable(getattr(self.optimizer, "eval", None)):
+            self.optimizer.eval()  # schedule-free ones evaluate other weights; the next training step swaps them back
         with torch.no_grad(), evaluating(self.model_wrapped), random_state_kept():
             for batch in batches:
                 batch = self._prepare_inputs(batch)
@@ -457,48 +467,6 @@ class AdaFocalTrainer(Trainer):
     @property
     def _calibration_prefix(self) -> str | None:
         return evaluated_as(self.calibration_dataset, self.eval_dataset)
-
-    def _note_classes(self, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        if not self._reads_calibration or self._classes_checked:
-            return
-        seen = torch.isin(torch.arange(logits.shape[-1], device=labels.device), labels)
-        self._seen_classes = seen if self._seen_classes is None else self._seen_classes | seen
-
-    def _warn_of_missing_classes(self) -> None:
-        if self._classes_checked:
-            return
-        seen = self.accelerator.gather(self._seen_classes[None].int()).any(0)
-        self._classes_checked, self._seen_classes = True, None
-        missing = (~seen).nonzero().flatten().tolist()
-        if missing:
-            names = getattr(getattr(self.model, "config", None), "id2label", None) or {}
-            shown = ", ".join(f"{index} ({names[index]})" if index in names else str(index) for index in missing[:10])
-            logger.warning(
-                f"No sample of the calibration set has the label {shown}{', ...' if len(missing) > 10 else ''} "
-                f"({len(missing)} of {len(seen)} classes), so gamma follows the other classes alone. Hold out a part "
-                "that is stratified by label."
-            )
-
-    def _keep_apart(self, calibration_dataset: Any, carved: bool) -> None:
-        """Drop from train the copies of what was carved from it; refuse sets that share rows."""
-        policy = getattr(self.args, "split_overlap", "error")
-        content = {"blank_tokens": getattr(self.processing_class, "all_special_ids", ())}
-        if self.args.remove_unused_columns:
-            self._set_signature_columns_if_needed()
-            content["columns"] = self._signature_columns
-        if carved and policy != "skip":
-            before = len(self.train_dataset)
-            self.train_dataset = without_overlap(self.train_dataset, calibration_dataset, **content)
-            if len(self.train_dataset) < before:
-                logger.warning(
-                    f"Dropped {before - len(self.train_dataset)} of {before} training rows whose inputs stand in the "
-                    "calibration set carved from them too."
-                )
-        elif not carved:
-            sets = {"train": self.train_dataset, "calibration": calibration_dataset}
-            if isinstance(self.eval_dataset, dict) and "test" in self.eval_dataset:
-                sets["test"] = self.eval_dataset["test"]
-            check_splits(sets, policy, **content)
 
     @property
     def _num_bins(self) -> int:

@@ -531,6 +531,38 @@ class TestGuards:
         assert trajectory(run) == first and first[-1][0] != 0
 
 
+class Swapping(torch.optim.SGD):
+    """Notes the mode of each look and each step, as an optimizer with weights of its own for evaluation would."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.mode, self.stepped_in = None, set()
+
+    def eval(self):
+        self.mode = "eval"
+
+    def train(self):
+        self.mode = "train"
+
+    def step(self, *args, **kwargs):
+        self.stepped_in.add(self.mode)
+        return super().step(*args, **kwargs)
+
+
+def test_an_optimizer_with_weights_for_evaluation_shows_those(tmp_path, monkeypatch):
+    model = tiny.bert()
+    optimizer = Swapping(model.parameters(), lr=0.1)
+    args = tiny.arguments(tmp_path, **OURS, calibration_steps=2, calibration_samples=16)
+    optimizers = (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
+    run = AdaFocalTrainer(model, args, train_dataset=tiny.token_dataset(48), eval_dataset=DATA, optimizers=optimizers)
+    modes, compute_loss = [], run.compute_loss
+    monkeypatch.setattr(
+        run, "compute_loss", lambda *args, **kwargs: modes.append(optimizer.mode) or compute_loss(*args, **kwargs)
+    )
+    run.train()
+    assert modes.count("eval") == 5 and modes.count("train") == 12 and optimizer.stepped_in == {"train"}
+
+
 class Rows(torch.utils.data.Dataset):
     def __init__(self, data):
         self.rows = list(data)
