@@ -57,9 +57,9 @@ def _parser() -> argparse.ArgumentParser:
     compare.add_argument(
         "--losses",
         nargs="+",
-        default=["cross_entropy", "focal", "flsd_53", "adafocal"],
+        default=["cross_entropy", "focal", "flsd_53", "adafocal", "adaptive_label_smoothing"],
         help="names of losses, adafocal:paper for the paper's rule, or all "
-        "(default: cross_entropy focal flsd_53 adafocal)",
+        "(default: cross_entropy focal flsd_53 adafocal adaptive_label_smoothing)",
     )
     compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     compare.add_argument("--folder", type=Path, default=Path("runs/compare"), help="one folder a run goes in here")

@@ -1,9 +1,9 @@
 """Ours, not the paper's: one knob for the whole model, steered so that the best temperature of its logits stays 1.
 
 A three-epoch fine-tune has no time for the paper's rule, which moves each bin's gamma by a tenth once an epoch. Here a
-single number, the gamma of a one-bin table, gets an increment some ten times a run that is proportional to log T, the
-logarithm of the temperature which fits a slice of the calibration set: over-confident models (T > 1) get more focal
-loss, under-confident ones less and then inverse focal loss.
+single number gets an increment some ten times a run that is proportional to log T, the logarithm of the temperature
+which fits a slice of the calibration set. It is the gamma of a one-bin table (over-confident models, T > 1, get more
+focal loss, under-confident ones less and then inverse focal loss), or the eps of label smoothing.
 """
 
 import math

@@ -4,6 +4,7 @@ python scripts/study_short_runs.py run --reuters FOLDER     # all of it: some ho
 python scripts/study_short_runs.py run --settings digits_15 --methods cross_entropy temperature --seeds 0
 python scripts/study_short_runs.py run --settings cnn_5 digits_15 --methods ablations
 python scripts/study_short_runs.py table                    # Markdown, from the runs that are there
+python scripts/study_short_runs.py summary                  # a line a setting: ECE and accuracy of each method
 
 A run whose report is there is not repeated, so several of these commands may share the work. Seeds change the split,
 the initial weights and the order of the samples; runs of one seed differ in the method alone. Test data are read once,
@@ -73,7 +74,7 @@ ABLATIONS = {  # meant for cnn_10, a run of 940 steps
 def main() -> None:
     """Run or tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table"))
+    parser.add_argument("verb", choices=("run", "table", "summary"))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or ablations")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -86,6 +87,8 @@ def main() -> None:
             for setting in options.settings:
                 for method in methods:
                     run(setting, method, seed, options.folder, options.reuters)
+    elif options.verb == "summary":
+        print(summary(options.folder, options.settings, methods, options.seeds))
     else:
         for setting in options.settings:
             found = {method: reports(options.folder / setting, method, options.seeds) for method in methods}
@@ -129,6 +132,23 @@ def columns(tests: dict[str, list[dict]]) -> list[tuple]:
     with_ood = all("ood" in test["raw"] for runs in tests.values() for test in runs)
     ood = [("ood", "OOD AUROC %", 100, 1)] if with_ood else []
     return [*COLUMNS, *ood, ("extra", "extra compute %", 100, 1)]
+
+
+def summary(folder: Path, settings: list[str], methods: list[str], seeds: list[int]) -> str:
+    """ECE and accuracy in percent, means over seeds: each method as trained, and cross-entropy with a fitted T."""
+    columns = [
+        ("cross_entropy", "temperature_scaled", "cross_entropy + T"),
+        *((name, "raw", name) for name in methods),
+    ]
+    lines = ["| setting | " + " | ".join(title for *_, title in columns) + " |", "| --- " * (len(columns) + 1) + "|"]
+    for setting in settings:
+        cells = []
+        for method, scaling, _ in columns:
+            found = [report["test"][scaling] for report in reports(folder / setting, method, seeds)]
+            means = (100 * sum(run[key] for run in found) / max(len(found), 1) for key in ("ece", "accuracy"))
+            cells.append("{:.1f} ({:.1f})".format(*means) if found else "")
+        lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def extra_compute(report: dict) -> float:
