@@ -47,7 +47,7 @@ def verdict(reports: dict[str, Sequence[dict[str, Any]]], baseline: str = "cross
         if loss == baseline:
             return text
         ece, accuracy = (percent[loss, scaling, key] - percent[baseline, scaling, key] for key in ("ece", "accuracy"))
-        return f"{text}, {_shown(ece)} against {baseline}, for {_shown(accuracy)} of accuracy"
+        return f"{text}, {paired_difference(ece)} against {baseline}, for {paired_difference(accuracy)} of accuracy"
 
     fitted = percent[baseline, SCALED, "ece"]
     excess = fitted - percent[best(RAW), RAW, "ece"]
@@ -62,8 +62,24 @@ def verdict(reports: dict[str, Sequence[dict[str, Any]]], baseline: str = "cross
     )
     return (
         f"{intro} Without a fit {praise(RAW)}. After temperature scaling {praise(SCALED)}. "
-        f"{advice}{_shown(excess)} against the best without a fit."
+        f"{advice}{paired_difference(excess)} against the best without a fit."
     )
+
+
+def paired_difference(differences: np.ndarray) -> str:
+    """The mean of paired differences with its 95 % interval, and whether it is noise.
+
+    Args:
+        differences: In percent, one a seed, shape `(seeds,)`.
+
+    >>> paired_difference(np.array([-5.0, -6.0, -7.0]))
+    '-6.00 points (-8.48 to -3.52)'
+    """
+    text = f"{differences.mean():+.2f} points"
+    interval = _interval(differences)
+    if interval is None:
+        return text
+    return f"{text} ({interval[0]:+.2f} to {interval[1]:+.2f}{', noise' if _is_noise(differences) else ''})"
 
 
 def _interval(differences: np.ndarray) -> tuple[float, float] | None:
@@ -77,11 +93,3 @@ def _interval(differences: np.ndarray) -> tuple[float, float] | None:
 def _is_noise(differences: np.ndarray) -> bool:
     interval = _interval(differences)
     return interval is not None and interval[0] <= 0 <= interval[1]
-
-
-def _shown(differences: np.ndarray) -> str:
-    text = f"{differences.mean():+.2f} points"
-    interval = _interval(differences)
-    if interval is None:
-        return text
-    return f"{text} ({interval[0]:+.2f} to {interval[1]:+.2f}{', noise' if _is_noise(differences) else ''})"

@@ -5,6 +5,7 @@ python scripts/study_short_runs.py run --settings digits_15 --methods cross_entr
 python scripts/study_short_runs.py run --settings cnn_5 digits_15 --methods ablations
 python scripts/study_short_runs.py table                    # Markdown, from the runs that are there
 python scripts/study_short_runs.py summary                  # a line a setting: ECE and accuracy of each method
+python scripts/study_short_runs.py differences              # from cross-entropy, paired by seed
 
 A run whose report is there is not repeated, so several of these commands may share the work. Seeds change the split,
 the initial weights and the order of the samples; runs of one seed differ in the method alone. Test data are read once,
@@ -17,13 +18,14 @@ import math
 import shlex
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from hf_adafocal.evaluation import COLUMNS, comparison_table
 from hf_adafocal.finetune import finetune, parse_arguments
 from hf_adafocal.steering import schedule
 from hf_adafocal.tasks import TASKS
-from hf_adafocal.verdict import verdict
+from hf_adafocal.verdict import paired_difference, verdict
 
 DEVICE = [] if torch.cuda.is_available() else ["--use_cpu", "true"]  # bf16 on a CPU wants it said
 CNN = "--max_length 64"
@@ -74,7 +76,7 @@ ABLATIONS = {  # meant for cnn_10, a run of 940 steps
 def main() -> None:
     """Run or tabulate."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run", "table", "summary"))
+    parser.add_argument("verb", choices=("run", "table", "summary", "differences"))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=list(SETTINGS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), help="names, or ablations")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -89,6 +91,8 @@ def main() -> None:
                     run(setting, method, seed, options.folder, options.reuters)
     elif options.verb == "summary":
         print(summary(options.folder, options.settings, methods, options.seeds))
+    elif options.verb == "differences":
+        print(differences(options.folder, options.settings, methods, options.seeds))
     else:
         for setting in options.settings:
             found = {method: reports(options.folder / setting, method, options.seeds) for method in methods}
@@ -148,6 +152,26 @@ def summary(folder: Path, settings: list[str], methods: list[str], seeds: list[i
             means = (100 * sum(run[key] for run in found) / max(len(found), 1) for key in ("ece", "accuracy"))
             cells.append("{:.1f} ({:.1f})".format(*means) if found else "")
         lines.append(f"| {setting} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def differences(folder: Path, settings: list[str], methods: list[str], seeds: list[int]) -> str:
+    """Of each method as trained from cross-entropy, raw and with a fitted T: ECE and accuracy."""
+    lines = [
+        "| setting | method | ECE - CE's | ECE - (CE + T)'s | accuracy - CE's |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for setting in settings:
+        base = [report["test"] for report in reports(folder / setting, "cross_entropy", seeds)]
+        for method in methods:
+            runs = [report["test"]["raw"] for report in reports(folder / setting, method, seeds)]
+            if method == "cross_entropy" or not runs or len(runs) != len(base):
+                continue
+            cells = [
+                paired_difference(100 * np.array([a[key] - b[scaling][key] for a, b in zip(runs, base, strict=True)]))
+                for key, scaling in (("ece", "raw"), ("ece", "temperature_scaled"), ("accuracy", "raw"))
+            ]
+            lines.append(f"| {setting} | {method} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

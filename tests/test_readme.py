@@ -26,7 +26,7 @@ def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
     assert names["loss"].gammas.ne(1).any()
 
 
-@pytest.mark.parametrize("script", ["train_text.py", "train_vision.py", "benchmark.py"])
+@pytest.mark.parametrize("script", ["train_text.py", "train_vision.py", "benchmark.py", "study_short_runs.py"])
 def test_the_scripts_it_names_explain_themselves(script):
     assert f"scripts/{script}" in README
     command = [sys.executable, str(ROOT / "scripts" / script), "--help"]
