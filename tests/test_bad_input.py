@@ -142,7 +142,7 @@ def evaluate_and_keep_warnings(folder):
     torch.set_num_threads(1)
     run = still(folder, rows([30, 31, 32] * 2 + [33, 34], [0] * 4 + [1] * 4))
     log = logging.FileHandler(folder / f"rank-{run.args.process_index}.txt")
-    logging.getLogger("hf_adafocal.trainer").addHandler(log)
+    logging.getLogger("hf_adafocal.inputs").addHandler(log)
     assert run.args.world_size == 2
     run.evaluate()
 
