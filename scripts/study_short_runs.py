@@ -132,10 +132,14 @@ def entry(report: dict) -> dict:
 
 
 def columns(tests: dict[str, list[dict]]) -> list[tuple]:
-    """Those of every comparison and the two of this study."""
-    with_ood = all("ood" in test["raw"] for runs in tests.values() for test in runs)
-    ood = [("ood", "OOD AUROC %", 100, 1)] if with_ood else []
-    return [*COLUMNS, *ood, ("extra", "extra compute %", 100, 1)]
+    """Those of every comparison and the two of this study; extra compute is that of the default settings."""
+    ood = (
+        [("ood", "OOD AUROC %", 100, 1)]
+        if all("ood" in test["raw"] for runs in tests.values() for test in runs)
+        else []
+    )
+    extra = [("extra", "extra compute %", 100, 1)] if set(tests) <= set(METHODS) else []
+    return [*COLUMNS, *ood, *extra]
 
 
 def summary(folder: Path, settings: list[str], methods: list[str], seeds: list[int]) -> str:
