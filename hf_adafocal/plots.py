@@ -55,10 +55,11 @@ def gamma_trajectory(steps: Sequence[int], gammas: Sequence[Sequence[float]], sw
     Args:
         steps: Optimizer step of each update, shape `(updates,)`.
         gammas: Gamma of each bin after it, shape `(updates, num_bins)`.
-        switch: Half-width of the band around 0 that gamma jumps over.
+        switch: Half-width of the band around 0 that gamma jumps over by the paper's rule.
 
     Returns:
-        The figure; one line a bin, from the least (dark) to the most confident (bright).
+        The figure; one line a bin, from the least (dark) to the most confident (bright). One gamma for all needs no
+        legend, and by the temperature rule it jumps over nothing.
     """
     values = np.asarray(gammas, dtype=float)
     if values.ndim != 2 or len(values) != len(steps) or len(values) == 0:
@@ -67,13 +68,16 @@ def gamma_trajectory(steps: Sequence[int], gammas: Sequence[Sequence[float]], sw
     axes = figure.subplots()
     num_bins = values.shape[1]
     colors = colormaps["viridis"].resampled(num_bins)
-    axes.axhspan(-switch, switch, color=PAPER, linewidth=0)
+    if num_bins > 1:
+        axes.axhspan(-switch, switch, color=PAPER, linewidth=0)
     axes.axhline(0, color=INK, linewidth=0.6)
     for index in range(num_bins):
         axes.plot(steps, values[:, index], color=colors(index), linewidth=1.2, marker="o", markersize=2)
     _frame(axes)
     axes.set_xlabel("optimizer step", fontsize=STYLE["labelsize"])
     axes.set_ylabel("gamma    (below 0: inverse focal loss)", fontsize=STYLE["labelsize"])
+    if num_bins == 1:
+        return figure
     norm = BoundaryNorm(np.arange(num_bins + 1) + 0.5, num_bins)
     bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.02, ticks=[1, (num_bins + 1) // 2, num_bins])
     bar.set_label("bin, by rising confidence", fontsize=STYLE["labelsize"])

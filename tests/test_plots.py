@@ -61,6 +61,11 @@ class TestGammaTrajectory:
     def test_one_update_of_one_bin_can_be_drawn(self, tmp_path):
         assert drawn(gamma_trajectory([10], [[1.0]]), tmp_path)
 
+    @pytest.mark.parametrize(("num_bins", "legends", "bands"), [(1, 0, 0), (2, 1, 1)])
+    def test_one_gamma_for_all_has_neither_legend_nor_jump(self, num_bins, legends, bands):
+        figure = gamma_trajectory([10, 20], np.ones((2, num_bins)))
+        assert (len(figure.axes) - 1, len(figure.axes[0].patches)) == (legends, bands)
+
     @pytest.mark.parametrize("gammas", [[], [[1.0]], [1.0, 2.0]])
     def test_gammas_that_do_not_fit_the_steps_are_an_error(self, gammas):
         with pytest.raises(ValueError, match=r"must have shape \(updates, num_bins\) for 2 updates"):
