@@ -1,24 +1,25 @@
 """Calibrated fine-tuning for Hugging Face models: AdaFocal losses, a Trainer, metrics, reports.
 
-Names load when they are first used, so `import hf_adafocal` imports neither torch nor transformers, and
-`hf_adafocal.metrics` needs numpy alone.
+Names are imported on first use, so `import hf_adafocal` imports neither torch nor transformers, and
+`hf_adafocal.metrics` needs NumPy alone.
 """
 
-from importlib import import_module
 from importlib.metadata import version
 
-_HOME = {
+from hf_adafocal._lazy import lazy_attributes
+
+_HOMES = {
     "AdaDualFocalLoss": "losses",
-    "AdaFocalCallback": "callback",
+    "AdaFocalCallback": "training",
     "AdaFocalLoss": "losses",
-    "AdaFocalTrainer": "trainer",
-    "AdaFocalTrainingArguments": "training_args",
+    "AdaFocalTrainer": "training",
+    "AdaFocalTrainingArguments": "training",
     "AdaptiveLabelSmoothingLoss": "losses",
     "BrierLoss": "losses",
-    "CalibrationHistogram": "streaming",
-    "CalibrationMetrics": "calibration",
+    "CalibrationHistogram": "metrics",
+    "CalibrationMetrics": "training",
     "ClasswiseAdaFocalLoss": "losses",
-    "CombinedLoss": "combined",
+    "CombinedLoss": "losses",
     "ConfidencePenaltyLoss": "losses",
     "CrossEntropyLoss": "losses",
     "DualFocalLoss": "losses",
@@ -27,54 +28,45 @@ _HOME = {
     "GlobalPoolingCNNConfig": "models",
     "GlobalPoolingCNNForSequenceClassification": "models",
     "InverseFocalLoss": "losses",
-    "LOSSES": "registry",
+    "LOSSES": "losses",
     "LabelSmoothingLoss": "losses",
     "PushError": "hub",
     "Scaling": "scaling",
     "Splits": "data",
     "adaptive_calibration_error": "metrics",
-    "area_under_risk_coverage": "selective",
+    "area_under_risk_coverage": "metrics",
     "binary_calibration_report": "metrics",
-    "bootstrap_interval": "uncertainty",
-    "build_loss": "registry",
-    "calibrate": "loop",
-    "calibration_error_interval": "uncertainty",
-    "calibration_gate": "gate",
+    "bootstrap_interval": "metrics",
+    "build_loss": "losses",
+    "calibrate": "training",
+    "calibration_error_interval": "metrics",
+    "calibration_gate": "metrics",
     "calibration_report": "metrics",
-    "evaluate_checkpoint": "assess",
+    "evaluate_checkpoint": "runs",
     "evaluate_module": "evaluate_modules",
     "expected_calibration_error": "metrics",
     "fit_temperature": "scaling",
     "fit_temperature_scaling": "scaling",
     "fit_vector_scaling": "scaling",
-    "fold_checkpoint": "folding",
-    "fold_scaling": "folding",
-    "gamma_trajectory": "plots",
-    "last_complete_checkpoint": "checkpoints",
+    "fold_checkpoint": "scaling",
+    "fold_scaling": "scaling",
+    "gamma_trajectory": "report",
+    "last_complete_checkpoint": "training",
     "load_splits": "data",
-    "ood_report": "ood",
-    "paired_calibration_error_test": "uncertainty",
-    "paired_test": "uncertainty",
-    "publish_metric": "spaces",
+    "ood_report": "metrics",
+    "paired_calibration_error_test": "metrics",
+    "paired_test": "metrics",
+    "publish_metric": "hub",
     "push_run": "hub",
-    "recorded_scaling": "folding",
-    "reliability_diagram": "plots",
-    "report_intervals": "uncertainty",
-    "scale_checkpoint": "assess",
-    "smooth_calibration_error": "estimators",
-    "unfold_scaling": "folding",
-    "write_card": "model_card",
+    "recorded_scaling": "scaling",
+    "reliability_diagram": "report",
+    "report_intervals": "metrics",
+    "scale_checkpoint": "runs",
+    "smooth_calibration_error": "metrics",
+    "unfold_scaling": "scaling",
+    "write_card": "report",
 }
 
-__all__ = sorted(_HOME)  # noqa: PLE0604
+__all__ = sorted(_HOMES)  # noqa: PLE0604
 __version__ = version("hf-adafocal")
-
-
-def __getattr__(name: str):
-    if name not in _HOME:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME})
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

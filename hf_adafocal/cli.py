@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _failed(options.verb, error)
     except RuntimeError as error:
-        from hf_adafocal.hub import PushError
+        from hf_adafocal.hub.push import PushError
 
         if not isinstance(error, PushError):
             raise
@@ -149,9 +149,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
-    from hf_adafocal.finetune import compare
-    from hf_adafocal.registry import LOSSES
-    from hf_adafocal.tasks import TASKS
+    from hf_adafocal.losses.registry import LOSSES
+    from hf_adafocal.runs.finetune import compare
+    from hf_adafocal.runs.tasks import TASKS
 
     losses = list(LOSSES) if options.losses == ["all"] else options.losses
     compare(TASKS[options.task], rest, losses, options.seeds, options.folder, options.reuse)
@@ -169,7 +169,7 @@ def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _scale(options: argparse.Namespace, rest: list[str]) -> int:
-    from hf_adafocal.assess import scale_checkpoint
+    from hf_adafocal.runs.evaluate import scale_checkpoint
 
     scale_checkpoint(
         _task(options, rest, options.checkpoint),
@@ -182,9 +182,9 @@ def _scale(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _measure(options: argparse.Namespace, rest: list[str], checkpoint: str, output: Path) -> int:
-    from hf_adafocal.assess import evaluate_checkpoint
-    from hf_adafocal.evaluation import report_table
-    from hf_adafocal.reports import save_report
+    from hf_adafocal.report.files import save_report
+    from hf_adafocal.report.tables import report_table
+    from hf_adafocal.runs.evaluate import evaluate_checkpoint
 
     report, test = evaluate_checkpoint(
         _task(options, rest, checkpoint),
@@ -203,7 +203,7 @@ def _measure(options: argparse.Namespace, rest: list[str], checkpoint: str, outp
 def _task(options: argparse.Namespace, rest: list[str], checkpoint: str):
     from transformers import HfArgumentParser
 
-    from hf_adafocal.tasks import TASKS
+    from hf_adafocal.runs.tasks import TASKS
 
     parser = HfArgumentParser(TASKS[options.task], prog=f"hf-adafocal {options.verb} {options.task}")
     (task,) = parser.parse_args_into_dataclasses(["--model_name_or_path", checkpoint, *rest])
@@ -211,7 +211,7 @@ def _task(options: argparse.Namespace, rest: list[str], checkpoint: str):
 
 
 def _seed(options: argparse.Namespace) -> int:
-    from hf_adafocal.reports import read_report
+    from hf_adafocal.report.files import read_report
 
     if options.seed is not None:
         return options.seed
@@ -219,8 +219,8 @@ def _seed(options: argparse.Namespace) -> int:
 
 
 def _card(options: argparse.Namespace, rest: list[str]) -> int:
-    from hf_adafocal.model_card import write_card
-    from hf_adafocal.reports import FILE, read_report
+    from hf_adafocal.report.card import write_card
+    from hf_adafocal.report.files import FILE, read_report
 
     report = read_report(options.folder)
     if report is None:
@@ -230,7 +230,7 @@ def _card(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _push(options: argparse.Namespace, rest: list[str]) -> int:
-    from hf_adafocal.hub import push_run
+    from hf_adafocal.hub.push import push_run
 
     pushed = push_run(
         options.folder,
@@ -246,14 +246,14 @@ def _push(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _publish_metric(options: argparse.Namespace, rest: list[str]) -> int:
-    from hf_adafocal.spaces import publish_metric
+    from hf_adafocal.hub.spaces import publish_metric
 
     print(publish_metric(options.name, options.namespace, sdk=options.sdk, private=options.private).url)
     return 0
 
 
 def _gate(options: argparse.Namespace, rest: list[str]) -> int:
-    from hf_adafocal.gate import calibration_gate, read_predictions
+    from hf_adafocal.metrics.gate import calibration_gate, read_predictions
 
     confidence, correct = read_predictions(
         options.predictions,

@@ -27,8 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, StackDataset
 
-from hf_adafocal import metrics
-from hf_adafocal.losses import LOSSES
+from hf_adafocal.losses.modules import LOSSES
+from hf_adafocal.metrics import scores as metrics
 
 SHAPES = ((128, 10), (4096, 20), (4096, 1000), (512, 32000))
 BASELINE = "F.cross_entropy"

@@ -21,11 +21,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from hf_adafocal.evaluation import COLUMNS, comparison_table
-from hf_adafocal.finetune import finetune, parse_arguments
-from hf_adafocal.steering import schedule
-from hf_adafocal.tasks import TASKS
-from hf_adafocal.verdict import paired_difference, verdict
+from hf_adafocal.report.comparison import paired_difference, verdict
+from hf_adafocal.report.tables import COLUMNS, comparison_table
+from hf_adafocal.runs.finetune import finetune, parse_arguments
+from hf_adafocal.runs.tasks import TASKS
+from hf_adafocal.training.smoothing_control import schedule
 
 DEVICE = [] if torch.cuda.is_available() else ["--use_cpu", "true"]  # bf16 on a CPU wants it said
 CNN = "--max_length 64"

@@ -5,7 +5,7 @@ accelerate launch scripts/train_no_trainer.py --task text --loss cross_entropy -
 torchrun --nproc_per_node 2 scripts/train_no_trainer.py --use_cpu       # two processes without a GPU
 python scripts/train_no_trainer.py --resume_from_checkpoint runs/vision/step_225
 
-Each task of `hf_adafocal.tasks` brings arguments of its own. However a batch is cut into micro-batches and processes,
+Each task of `runs.tasks` brings arguments of its own. However a batch is cut into micro-batches and processes,
 the update is that of the mean loss over its labels; a run resumed at a checkpoint is the run that was never stopped.
 """
 
@@ -25,7 +25,7 @@ from tqdm.auto import tqdm
 from transformers import HfArgumentParser, get_scheduler
 
 from hf_adafocal import LOSSES, calibrate
-from hf_adafocal.tasks import TASKS
+from hf_adafocal.runs.tasks import TASKS
 
 DEFAULTS = {
     "output_dir": "runs/no_trainer", "num_train_epochs": 3, "per_device_train_batch_size": 16,

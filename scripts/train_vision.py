@@ -7,9 +7,9 @@ accelerate launch scripts/train_vision.py --loss cross_entropy   # any loss of L
 
 from accelerate import PartialState
 
-from hf_adafocal.evaluation import report_table
-from hf_adafocal.finetune import finetune, parse_arguments
-from hf_adafocal.tasks import ImageTask
+from hf_adafocal.report.tables import report_table
+from hf_adafocal.runs.finetune import finetune, parse_arguments
+from hf_adafocal.runs.tasks import ImageTask
 
 if __name__ == "__main__":
     task, args = parse_arguments(ImageTask)

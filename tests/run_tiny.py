@@ -15,7 +15,7 @@ import torch
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_adafocal.checkpoints import last_complete_checkpoint
+from hf_adafocal.training.checkpoints import last_complete_checkpoint
 
 # Where a run can be killed: the method of the Trainer that is then under way.
 PHASES = {"train": "training_step", "evaluate": "evaluate", "save": "_save_checkpoint"}

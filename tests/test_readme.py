@@ -45,7 +45,7 @@ def test_its_links_into_the_repository_lead_somewhere():
 
 def test_each_guarantee_names_tests_that_are_there():
     guarantees = README.split("## What is guaranteed")[1].split("\n## ")[0]
-    named = re.findall(r"`(tests/\w+\.py)(?:::(\w+))?`", guarantees)
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", guarantees)
     assert len(named) > 15
     for path, subject in named:
         assert f"class {subject}:" in (ROOT / path).read_text() if subject else (ROOT / path).exists(), (path, subject)

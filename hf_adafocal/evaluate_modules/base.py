@@ -12,7 +12,7 @@ import datasets
 import evaluate
 import numpy as np
 
-from hf_adafocal.metrics import calibration_error, top_label
+from hf_adafocal.metrics.scores import calibration_error, top_label
 
 NUM_BINS = """    num_bins: Number of bins, an argument of `compute`; 15 unless told otherwise.
 """

@@ -3,7 +3,7 @@
 import evaluate
 
 from hf_adafocal.evaluate_modules import base
-from hf_adafocal.metrics import calibration_error
+from hf_adafocal.metrics.scores import calibration_error
 
 _CITATION = """
 @inproceedings{mukhoti2020calibrating,

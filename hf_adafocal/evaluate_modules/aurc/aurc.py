@@ -3,7 +3,7 @@
 import evaluate
 
 from hf_adafocal.evaluate_modules import base
-from hf_adafocal.selective import area_under_risk_coverage
+from hf_adafocal.metrics.selective import area_under_risk_coverage
 
 _CITATION = """
 @inproceedings{geifman2019bias,

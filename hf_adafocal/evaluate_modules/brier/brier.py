@@ -4,7 +4,7 @@ import evaluate
 import numpy as np
 
 from hf_adafocal.evaluate_modules import base
-from hf_adafocal.metrics import binary_calibration_report, brier_score
+from hf_adafocal.metrics.scores import binary_calibration_report, brier_score
 
 _CITATION = """
 @article{brier1950verification,

@@ -4,7 +4,7 @@ import evaluate
 import numpy as np
 
 from hf_adafocal.evaluate_modules import base
-from hf_adafocal.metrics import negative_log_likelihood
+from hf_adafocal.metrics.scores import negative_log_likelihood
 
 _CITATION = """
 @article{good1952rational,

@@ -4,7 +4,7 @@ import evaluate
 import numpy as np
 
 from hf_adafocal.evaluate_modules import base
-from hf_adafocal.ood import ood_aupr, ood_auroc, ood_fpr95
+from hf_adafocal.metrics.ood import ood_aupr, ood_auroc, ood_fpr95
 
 _CITATION = """
 @inproceedings{hendrycks2017baseline,

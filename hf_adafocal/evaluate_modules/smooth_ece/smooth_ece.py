@@ -2,8 +2,8 @@
 
 import evaluate
 
-from hf_adafocal.estimators import smooth_calibration_error
 from hf_adafocal.evaluate_modules import base
+from hf_adafocal.metrics.bin_free import smooth_calibration_error
 
 _CITATION = """
 @inproceedings{blasiok2024smooth,

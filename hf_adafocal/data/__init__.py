@@ -1,0 +1,16 @@
+"""Data sets in three roles (training, calibration, test) and checks that the roles share no rows."""
+
+from hf_adafocal._lazy import lazy_attributes
+
+_HOMES = {
+    "Splits": "loading",
+    "check_splits": "overlap",
+    "encode_images": "loading",
+    "encode_texts": "loading",
+    "fingerprint": "overlap",
+    "load_splits": "loading",
+    "without_overlap": "overlap",
+}
+
+__all__ = sorted(_HOMES)  # noqa: PLE0604
+__getattr__, __dir__ = lazy_attributes(__name__, _HOMES)

@@ -1,0 +1,293 @@
+"""Losses whose gamma is a table that follows the calibration gap on held-out data."""
+
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hf_adafocal.losses import functional
+from hf_adafocal.losses import gamma_table as gamma
+from hf_adafocal.losses.base import FocalFamilyLoss
+
+
+class AdaFocalLoss(FocalFamilyLoss):
+    """AdaFocal: focal loss whose gamma depends on the label's probability and follows the calibration gap.
+
+    The table starts with bins of one width and one gamma; `update` moves it after each look at held-out data.
+
+    Args:
+        num_bins: Bins of the table.
+        gamma_initial: Gamma of every bin at the start; below `switch` in size it jumps at the first update.
+        lambda_: Step size of the update.
+        switch: Where focal and inverse focal loss meet (the paper's S_th).
+        gamma_min: Lowest gamma.
+        gamma_max: Highest gamma.
+        **kwargs: `weight`, `ignore_index` and `reduction` of `ClassificationLoss`.
+
+    Attributes:
+        edges: Bin edges on the label's probability, shape `(num_bins + 1,)`.
+        gammas: Gamma of each bin, shape `(num_bins,)`.
+
+    Raises:
+        ValueError: If `gamma_initial` lies outside [gamma_min, gamma_max] or `num_bins` is below 1.
+
+    Source: Ghosh et al. 2022, arXiv 2211.11838; defaults are those of the authors' code.
+    """
+
+    edges: Tensor
+    gammas: Tensor
+    steering_gain = 120.0  # of the temperature rule, over a run, per unit of log T
+
+    def __init__(
+        self,
+        num_bins: int = 15,
+        gamma_initial: float = 1.0,
+        *,
+        lambda_: float = 1.0,
+        switch: float = 0.2,
+        gamma_min: float = -2.0,
+        gamma_max: float = 20.0,
+        **kwargs,
+    ) -> None:
+        super().__init__(**kwargs)
+        if num_bins < 1:
+            raise ValueError(f"num_bins must be at least 1, found {num_bins}.")
+        if not gamma_min <= gamma_initial <= gamma_max:
+            raise ValueError(
+                f"gamma_initial must lie in [{gamma_min}, {gamma_max}] (gamma_min, gamma_max), found {gamma_initial}."
+            )
+        self.num_bins, self.gamma_initial = num_bins, gamma_initial
+        self.rule = {"lambda_": lambda_, "switch": switch, "gamma_min": gamma_min, "gamma_max": gamma_max}
+        self.register_buffer("edges", torch.empty(num_bins + 1))
+        self.register_buffer("gammas", torch.empty(num_bins))
+        self.reset()
+
+    def reset(self) -> None:
+        """Return to the table of an untrained model."""
+        self.edges.copy_(torch.linspace(0, 1, self.num_bins + 1))
+        self.gammas.fill_(self.gamma_initial)
+
+    def gamma(self, p: Tensor) -> Tensor:
+        """Gamma of each sample from the probability of its label."""
+        return gamma.lookup(p, self.edges, self.gammas)
+
+    def update(self, edges: Any, gap: Any) -> None:
+        """Move the table after a look at held-out data.
+
+        Args:
+            edges: Equal-mass edges of the held-out confidences, shape `(num_bins + 1,)`; they become the table's.
+            gap: Confidence minus accuracy in each of those bins, shape `(num_bins,)`.
+
+        Raises:
+            ValueError: If a shape does not fit, or a number is not finite; the table is then unchanged.
+        """
+        self.set_table(edges, self._moved(self.gammas, gap))
+
+    def update_from(self, statistics: Any) -> None:
+        """`update` with what it needs of the statistics of held-out data.
+
+        Args:
+            statistics: Has `edges` and `gap`, as `BinStats`.
+
+        Raises:
+            ValueError: As `update`.
+        """
+        self.update(statistics.edges, statistics.gap)
+
+    def steer(self, change: float) -> None:
+        """Add `change` to every gamma, within the limits: the temperature rule, which is ours (see `steering`)."""
+        self.gammas.add_(change).clamp_(self.rule["gamma_min"], self.rule["gamma_max"])
+
+    def readings(self) -> dict[str, float]:
+        """What a log shows: the gamma of each bin."""
+        return {f"gamma_{index:02d}": value for index, value in enumerate(self.gammas.tolist())}
+
+    def table(self) -> dict[str, list]:
+        """The table as plain lists, by the names of `set_table`'s arguments."""
+        return {"edges": self.edges.tolist(), "gammas": self.gammas.tolist()}
+
+    def set_table(self, edges: Any, gammas: Any) -> None:
+        """Replace the table, as when a run resumes.
+
+        Args:
+            edges: Ascending probabilities, shape `(num_bins + 1,)`.
+            gammas: Gamma of each bin, shape `(num_bins,)`.
+
+        Raises:
+            ValueError: If a shape does not fit, a number is not finite, or edges do not ascend.
+        """
+        new = {"edges": torch.as_tensor(edges), "gammas": torch.as_tensor(gammas)}
+        for name, values in new.items():
+            expected = getattr(self, name).shape
+            if values.shape != expected or not torch.isfinite(values).all():
+                raise ValueError(
+                    f"{name} must be {expected.numel()} finite numbers for {self.num_bins} bins, "
+                    f"found {values.tolist()}."
+                )
+        if (new["edges"].diff() < 0).any():
+            raise ValueError(f"edges must ascend, found {new['edges'].tolist()}.")
+        self.edges.copy_(new["edges"])
+        self.gammas.copy_(new["gammas"])
+
+    def _moved(self, gammas: Tensor, gap: Any) -> Tensor:
+        gap = torch.as_tensor(gap, dtype=gammas.dtype, device=gammas.device)
+        return gamma.update(gammas, gap, **self.rule)
+
+    def extra_repr(self) -> str:
+        """Show the settings when printed."""
+        settings = {"num_bins": self.num_bins, "gamma_initial": self.gamma_initial, **self.rule}
+        return ", ".join(f"{name}={value}" for name, value in settings.items())
+
+
+class AdaDualFocalLoss(AdaFocalLoss):
+    """AdaFocal's table over dual focal loss: bins and factor take `q_y - q_j` where AdaFocal takes q_y.
+
+    Args, attributes and errors are those of `AdaFocalLoss`, and so are updates: edges are held-out confidences and the
+    gap is theirs, as in the code of dual focal loss's authors. That code's gamma never falls below 0 (it multiplies by
+    `exp(gap)`); here the rule is AdaFocal's, and a negative gamma gives the inverse form `(1 + q_y - q_j)^|gamma|`.
+
+    Source: Tao et al. 2023, arXiv 2305.13665 (their code; the paper does not describe it).
+    """
+
+    def formula(self, logits: Tensor, labels: Tensor, **options) -> Tensor:
+        """Dual focal loss with gamma from the table."""
+        return functional.dual_focal_loss(logits, labels, self.gamma, **options)
+
+
+class ClasswiseAdaFocalLoss(AdaFocalLoss):
+    """Ours, not a paper's: AdaFocal with a table for each class, shrunk toward the one that all classes share.
+
+    Bins are the same for all classes. Every table moves by AdaFocal's rule, the shared one by the gap of all held-out
+    samples in a bin, a class's own by the gap of those that were predicted as that class: conditional on the predicted
+    class a calibrated model has no gap, conditional on the true one it has. A training sample with label k meets
+    `w own_k + (1 - w) shared`, `w = n_k / (n_k + prior)`, n_k the held-out samples predicted as k at the last update.
+
+    Before the first update with class statistics it is `AdaFocalLoss`.
+
+    Args:
+        num_bins: As in `AdaFocalLoss`.
+        gamma_initial: As in `AdaFocalLoss`.
+        prior: Held-out samples of a class at which its own table counts as much as the shared one.
+        **kwargs: The other arguments of `AdaFocalLoss`.
+
+    Attributes:
+        edges: Bin edges on the label's probability, shape `(num_bins + 1,)`.
+        gammas: The shared table, shape `(num_bins,)`.
+        class_gammas: Own table of each class, shape `(C, num_bins)`; no rows before the first update.
+        class_counts: n_k of each class, shape `(C,)`.
+
+    Raises:
+        ValueError: As `AdaFocalLoss`, or if `prior` is not above 0.
+    """
+
+    class_gammas: Tensor
+    class_counts: Tensor
+
+    def __init__(self, num_bins: int = 15, gamma_initial: float = 1.0, *, prior: float = 150.0, **kwargs) -> None:
+        if not 0 < prior < float("inf"):
+            raise ValueError(f"prior must be a finite number above 0, found {prior}.")
+        super().__init__(num_bins, gamma_initial, **kwargs)
+        self.prior = prior
+
+    def reset(self) -> None:
+        """Return to the one table of an untrained model."""
+        super().reset()
+        self._set_classes(self.gammas.new_empty(0, self.num_bins), self.gammas.new_empty(0))
+
+    def formula(self, logits: Tensor, labels: Tensor, **options) -> Tensor:
+        """Focal loss with gamma from the table of the label's class."""
+        num_classes = len(self.class_gammas)
+        if num_classes == 0:
+            return super().formula(logits, labels, **options)
+        if logits.ndim > 1 and logits.shape[1] != num_classes:
+            raise ValueError(f"Expected logits of {num_classes} classes, one a table, found {tuple(logits.shape)}.")
+        gammas = gamma.pool(self.class_gammas, self.gammas, self.class_counts, self.prior)
+
+        def of_class(p: Tensor) -> Tensor:
+            return gamma.lookup_by_class(p, labels.long().clamp(0, num_classes - 1), self.edges, gammas)
+
+        return functional.focal_loss(logits, labels, of_class, **options)
+
+    def update(self, edges: Any, gap: Any, class_gap: Any = None, class_counts: Any = None) -> None:
+        """Move all tables after a look at held-out data.
+
+        Args:
+            edges: As in `AdaFocalLoss.update`.
+            gap: As in `AdaFocalLoss.update`.
+            class_gap: The same gap of the samples predicted as each class, shape `(C, num_bins)`; 0 where there are
+                none. Without it only the shared table moves, and a warning says so.
+            class_counts: How many samples were predicted as each class, shape `(C,)`.
+
+        Raises:
+            ValueError: If a shape does not fit or a number is not finite; the tables are then unchanged.
+        """
+        if class_gap is None or class_counts is None:
+            warnings.warn(
+                "ClasswiseAdaFocalLoss got no statistics of single classes, so only the table that all classes share "
+                "moves. Pass class_gap and class_counts to `update`.",
+                stacklevel=2,
+            )
+            self.set_table(edges, self._moved(self.gammas, gap), self.class_gammas, self.class_counts)
+            return
+        class_gap = torch.as_tensor(class_gap, dtype=self.gammas.dtype, device=self.gammas.device)
+        own = self.class_gammas
+        if len(own) == 0 and class_gap.ndim == 2:
+            own = self.gammas.expand(len(class_gap), -1)
+        self.set_table(edges, self._moved(self.gammas, gap), self._moved(own, class_gap), class_counts)
+
+    def update_from(self, statistics: Any) -> None:
+        """As `AdaFocalLoss.update_from`; also reads `class_gap` and `class_counts` if the statistics have them."""
+        of_classes = (getattr(statistics, name, None) for name in ("class_gap", "class_counts"))
+        self.update(statistics.edges, statistics.gap, *of_classes)
+
+    def set_table(self, edges: Any, gammas: Any, class_gammas: Any = (), class_counts: Any = ()) -> None:
+        """Replace the tables, as when a run resumes.
+
+        Args:
+            edges: As in `AdaFocalLoss.set_table`.
+            gammas: The shared table, as in `AdaFocalLoss.set_table`.
+            class_gammas: Own table of each class, shape `(C, num_bins)`; none to have the shared table alone.
+            class_counts: Held-out samples of each class, shape `(C,)`, not negative.
+
+        Raises:
+            ValueError: As `AdaFocalLoss.set_table`; the tables are then unchanged.
+        """
+        class_gammas = torch.as_tensor(class_gammas, dtype=self.gammas.dtype, device=self.gammas.device)
+        class_counts = torch.as_tensor(class_counts, dtype=self.gammas.dtype, device=self.gammas.device)
+        class_gammas, class_counts = class_gammas.clone(), class_counts.clone()
+        if class_gammas.numel() == 0:
+            class_gammas = class_gammas.new_empty(0, self.num_bins)
+        num_classes = len(self.class_gammas) or len(class_gammas)
+        if class_gammas.shape not in ((0, self.num_bins), (num_classes, self.num_bins)):
+            raise ValueError(
+                f"class_gammas must have {num_classes} rows of {self.num_bins} bins, "
+                f"found shape {tuple(class_gammas.shape)}."
+            )
+        if class_counts.shape != class_gammas.shape[:1] or not (class_counts >= 0).all():
+            raise ValueError(
+                f"class_counts must be {len(class_gammas)} numbers from 0, found {class_counts.tolist()}."
+            )
+        if not torch.isfinite(class_gammas).all() or not torch.isfinite(class_counts).all():
+            raise ValueError("class_gammas and class_counts must be finite, found NaN or infinite numbers.")
+        super().set_table(edges, gammas)
+        self._set_classes(class_gammas, class_counts)
+
+    def table(self) -> dict[str, list]:
+        """The tables as plain lists, by the names of `set_table`'s arguments."""
+        of_classes = {"class_gammas": self.class_gammas.tolist(), "class_counts": self.class_counts.tolist()}
+        return {**super().table(), **of_classes}
+
+    def _set_classes(self, class_gammas: Tensor, class_counts: Tensor) -> None:
+        self.register_buffer("class_gammas", class_gammas)
+        self.register_buffer("class_counts", class_counts)
+
+    def _load_from_state_dict(self, state_dict, prefix, *args):
+        saved = state_dict.get(f"{prefix}class_gammas")
+        if saved is not None:  # as many classes as were saved
+            self._set_classes(self.gammas.new_empty(saved.shape), self.gammas.new_empty(saved.shape[:1]))
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def extra_repr(self) -> str:
+        """Show the settings when printed."""
+        return f"{super().extra_repr()}, prior={self.prior}"

@@ -1,0 +1,199 @@
+"""Losses that look at a whole batch: a loss of single samples and a term of `auxiliary`, as one module."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from hf_adafocal.losses import batch_terms as auxiliary
+from hf_adafocal.losses.adafocal import AdaFocalLoss
+from hf_adafocal.losses.base import ClassificationLoss
+from hf_adafocal.losses.modules import AdaptiveLabelSmoothingLoss, CrossEntropyLoss
+
+
+class Term(NamedTuple):
+    """A term of a batch and how its authors use it.
+
+    Attributes:
+        function: From logits and labels to one number.
+        weight: The authors' weight of the term.
+        replaces: The term takes the place of the base, `(1 - weight) base + weight term`; else it is added to it.
+    """
+
+    function: Callable[..., Tensor]
+    weight: float
+    replaces: bool = False
+
+
+TERMS = {
+    "mmce": Term(auxiliary.mmce, 2.0),
+    "mmce_w": Term(auxiliary.mmce_weighted, 2.0),
+    "dca": Term(auxiliary.dca, 5.0),
+    "mdca": Term(auxiliary.mdca, 1.0),
+    "soft_ece": Term(auxiliary.soft_binned_ece, 1.0),
+    "soft_ece_label_binned": Term(auxiliary.soft_label_binned_ece, 1.0),
+    "dece": Term(auxiliary.differentiable_ece, 0.5),
+    "aurc": Term(auxiliary.aurc, 1.0, replaces=True),
+    "aurc_regularised": Term(auxiliary.regularised_aurc, 0.3, replaces=True),
+    "selective_au": Term(auxiliary.selective_au, 1.0, replaces=True),
+}
+
+
+class CombinedLoss(nn.Module):
+    """A loss of single samples plus a weighted term of the batch: `base + auxiliary_weight * term`.
+
+    "aurc", "aurc_regularised" and "selective_au" are losses themselves and take a share of the base instead:
+    `(1 - auxiliary_weight) base + auxiliary_weight term`, and at weight 1 all of it.
+
+    The batch is what one call sees: the micro-batch of one device, ignored labels left out, the positions of dense
+    targets as samples. A term is no mean over samples, so its value depends on that batch: four accumulated batches
+    of 8 are not one of 32, on any number of processes. What is kept is the scale: with `num_items_in_batch` a
+    micro-batch with n counted labels adds `term * n / num_items_in_batch`, so that the optimizer step follows the mean
+    of its micro-batches' terms, weighted by their labels, beside a base that is exactly the base's mean.
+
+    Default weights: 2 for MMCE and MMCE_w (Mukhoti et al.'s comparison; the MMCE code has 4, and both divide twice in
+    MMCE_w, so that there it weighs less); 5 for DCA as in copies of its authors' code (MDCA's authors run DCA with 1);
+    1 for MDCA; 0.5 for DECE, as in its authors' objective; 0.3 and 1 for the AURC losses. The soft-binned errors'
+    weight 1 is ours: their paper tunes it.
+
+    Args:
+        term: Which term, a name in `TERMS`.
+        base: The loss of single samples, cross-entropy if left out. With an `AdaFocalLoss` its table moves as it
+            does alone (`adaptive_part`). Class weights belong here. It must have reduction "mean".
+        auxiliary_weight: Weight of the term; the authors' if left out.
+        weight: Class weights make no sense for a term: an error. Give them to the base.
+        ignore_index: Label of samples that do not count; that of the base if left out.
+        reduction: "mean", or "sum" for the mean times the counted labels. A term has no part for each sample, so
+            "none" is an error.
+        **settings: Further arguments of the term's function in `auxiliary`.
+
+    Attributes:
+        seen: Only with "selective_au": counts of the scores of the epoch so far, on this process, gathered in
+            training mode. `forget` empties them; the Trainer does so as an epoch begins, also when it resumes.
+
+    Raises:
+        ValueError: If a name, a number or a combination makes no sense.
+        TypeError: If a setting is not one of the term's.
+
+    >>> CombinedLoss("mmce", auxiliary_weight=2.0)(torch.zeros(1, 2), torch.tensor([0]))  # log 2 + 2 / 2
+    tensor(1.6931)
+    """
+
+    seen: Tensor | None
+
+    def __init__(
+        self,
+        term: str,
+        base: ClassificationLoss | None = None,
+        *,
+        auxiliary_weight: float | None = None,
+        weight: Tensor | None = None,
+        ignore_index: int | None = None,
+        reduction: str = "mean",
+        **settings: Any,
+    ) -> None:
+        super().__init__()
+        if term not in TERMS:
+            raise ValueError(f"term must be one of {', '.join(TERMS)}; found {term!r}.")
+        _check_arguments(term, weight, reduction)
+        self.term, self.settings, self.reduction = term, settings, reduction
+        self.function, default, replaces = TERMS[term]
+        self.function(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), **settings)  # refuses settings now
+        self.auxiliary_weight = default if auxiliary_weight is None else auxiliary_weight
+        self.base_weight = 1 - self.auxiliary_weight if replaces else 1.0
+        if base is None:
+            base = CrossEntropyLoss(ignore_index=-100 if ignore_index is None else ignore_index)
+        _check_weights(term, base, self.auxiliary_weight, self.base_weight)
+        _check_base(base, ignore_index)
+        self.base, self.ignore_index = base, base.ignore_index
+        running = term == "selective_au"
+        self.register_buffer("seen", torch.zeros(settings.get("num_bins", 64)) if running else None)
+
+    def forward(self, logits: Tensor | Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
+        """Loss in nats.
+
+        Args:
+            logits: Shape `(N, C, d1, ...)`, or a model output that carries them as `logits`.
+            labels: Class indices, shape `(N, d1, ...)`.
+            num_items_in_batch: Labels in the whole optimizer step; what this batch adds is its share of them.
+        """
+        logits = getattr(logits, "logits", logits)
+        divisor = 1 if self.reduction == "sum" and num_items_in_batch is None else num_items_in_batch
+        term = self._term(logits, labels)
+        if divisor is not None:
+            term = term * (labels != self.ignore_index).sum() / divisor
+        if self.base_weight == 0:
+            return self.auxiliary_weight * term
+        return self.base_weight * self.base(logits, labels, divisor) + self.auxiliary_weight * term
+
+    def _term(self, logits: Tensor, labels: Tensor) -> Tensor:
+        settings = {**self.settings, "ignore_index": self.ignore_index}
+        if self.seen is None:
+            return self.function(logits, labels, **settings)
+        value = self.function(logits, labels, seen=self.seen, **settings)
+        if self.training:
+            of_histogram = {name: settings[name] for name in ("num_bins", "score", "ignore_index") if name in settings}
+            # Not in place: a compiled backward pass would read the new counts.
+            counts = auxiliary.score_histogram(logits, labels, **of_histogram)
+            self.seen = self.seen + counts.to(self.seen.dtype)
+        return value
+
+    def forget(self) -> None:
+        """Empty what the epoch has gathered; call it as an epoch begins. Without a histogram it does nothing."""
+        if self.seen is not None:
+            self.seen = torch.zeros_like(self.seen)
+
+    def extra_repr(self) -> str:
+        """Show the term, its weight and its settings when printed."""
+        settings = {"auxiliary_weight": self.auxiliary_weight, **self.settings}
+        return ", ".join([repr(self.term), *(f"{name}={value}" for name, value in settings.items())])
+
+
+def adaptive_part(loss: Any) -> AdaFocalLoss | AdaptiveLabelSmoothingLoss | None:
+    """What a callback is to move: the loss itself, or the base of a combined one.
+
+    Args:
+        loss: Any loss.
+
+    Returns:
+        None if nothing in it adapts.
+    """
+    if isinstance(loss, CombinedLoss):
+        loss = loss.base
+    return loss if isinstance(loss, AdaFocalLoss | AdaptiveLabelSmoothingLoss) else None
+
+
+def _check_arguments(term: str, weight: Tensor | None, reduction: str) -> None:
+    if weight is not None:
+        raise ValueError(
+            f"Class weights make no sense for {term!r}, which asks how often the confidences of a batch are right. "
+            "Give them to the base: base=CrossEntropyLoss(weight=...)."
+        )
+    if reduction not in ("mean", "sum"):
+        raise ValueError(
+            f"reduction must be 'mean' or 'sum', found {reduction!r}: {term!r} is a number of the whole batch and has "
+            "no part for each sample. For single samples call the base."
+        )
+
+
+def _check_weights(term: str, base: ClassificationLoss, auxiliary_weight: float, base_weight: float) -> None:
+    if not (auxiliary_weight >= 0 and base_weight >= 0 and auxiliary_weight < float("inf")):
+        limits = "lie in [0, 1]" if base_weight != 1 else "be a finite number from 0"
+        raise ValueError(f"auxiliary_weight of {term!r} must {limits}, found {auxiliary_weight}.")
+    if base_weight == 0 and type(base) is not CrossEntropyLoss:
+        raise ValueError(
+            f"With auxiliary_weight=1, {term!r} replaces its base: {type(base).__name__} would do nothing. Choose a "
+            "weight below 1."
+        )
+
+
+def _check_base(base: ClassificationLoss, ignore_index: int | None) -> None:
+    if not isinstance(base, ClassificationLoss):
+        raise ValueError(f"base must be a loss of single samples of this package, found {type(base).__name__}.")
+    if base.reduction != "mean":
+        raise ValueError(f"The base must have reduction 'mean', found {base.reduction!r}; set it on CombinedLoss.")
+    if ignore_index is not None and ignore_index != base.ignore_index:
+        raise ValueError(
+            f"ignore_index is {ignore_index} here and {base.ignore_index} in the base; leave it out here."
+        )

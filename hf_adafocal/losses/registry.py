@@ -1,0 +1,58 @@
+"""Every loss by the name users type, and a loss from settings that JSON can hold."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from torch import nn
+
+from hf_adafocal.losses.batch_loss import TERMS, CombinedLoss
+from hf_adafocal.losses.modules import LOSSES as SAMPLE_LOSSES
+
+# Names of `SAMPLE_LOSSES` are losses of single samples; the others look at a whole batch and have a base among them.
+LOSSES: dict[str, Callable[..., nn.Module]] = {
+    **SAMPLE_LOSSES,
+    **{name: partial(CombinedLoss, name) for name in TERMS},
+}
+
+
+def build_loss(name: str, base: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
+    """A loss from its name and settings.
+
+    Args:
+        name: A name in `LOSSES`.
+        base: For a loss that looks at a whole batch: the `name` of its base and the base's settings.
+        **settings: Arguments of the loss, by the names of its constructor.
+
+    Returns:
+        The loss, freshly initialised.
+
+    Raises:
+        ValueError: If a name is unknown, a setting out of range, or a loss of single samples gets a base.
+
+    >>> build_loss("mmce", base={"name": "focal", "gamma": 2.0}, auxiliary_weight=3.0)
+    CombinedLoss(
+      'mmce', auxiliary_weight=3.0
+      (base): FocalLoss(gamma=2.0)
+    )
+    """
+    if name not in LOSSES:
+        raise ValueError(f"loss must be one of {', '.join(LOSSES)}; found {name!r}.")
+    if base is None:
+        return LOSSES[name](**settings)
+    if name not in TERMS:
+        raise ValueError(f"{name!r} is a loss of single samples and takes no base, found {base}.")
+    if base.get("name") not in SAMPLE_LOSSES:
+        raise ValueError(f"The base must be one of {', '.join(SAMPLE_LOSSES)}; found {base.get('name')!r}.")
+    return LOSSES[name](build_loss(**base), **settings)
+
+
+def name_of(loss: nn.Module) -> str:
+    """The name in `LOSSES` of a loss, or that of its class if it is none of ours.
+
+    >>> name_of(build_loss("dca")), name_of(nn.NLLLoss())
+    ('dca', 'NLLLoss')
+    """
+    if isinstance(loss, CombinedLoss):
+        return loss.term
+    return next((name for name, kind in SAMPLE_LOSSES.items() if kind is type(loss)), type(loss).__name__)

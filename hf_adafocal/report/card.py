@@ -1,0 +1,210 @@
+"""A model card that shows how calibrated a checkpoint is, from its report.
+
+The card owns the block between its two markers and the results it measured in the metadata. What a user writes around
+the block, and every other key and result, stays.
+"""
+
+from collections.abc import Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from jinja2 import Environment, StrictUndefined
+
+START = "<!-- calibration report of hf-adafocal: the text down to its end marker is replaced by the next one -->"
+END = "<!-- end of the calibration report of hf-adafocal -->"
+STOCK = "<!-- This model card has been generated automatically according to the information the Trainer had access to."
+PICTURES = {
+    "reliability.png": "Accuracy against confidence, with the number of samples in each bin",
+    "gamma.png": "Gamma of each confidence bin over training",
+}
+LOSS_NAMES = {
+    "adafocal": "AdaFocal",
+    "cross_entropy": "cross-entropy",
+    "focal": "focal loss",
+    "flsd_53": "FLSD-53",
+    "adaptive_label_smoothing": "adaptive label smoothing",
+}
+
+# Key in a report, heading, `metric_type` on the Hub, factor, digits.
+METRICS = (
+    ("accuracy", "accuracy %", "accuracy", 100, 2),
+    ("nll", "NLL", "nll", 1, 3),
+    ("brier", "Brier", "brier_score", 1, 3),
+    ("ece", "ECE %", "ece", 100, 2),
+    ("ada_ece", "AdaECE %", "ada_ece", 100, 2),
+    ("classwise_ece", "classwise ECE %", "classwise_ece", 100, 2),
+    ("mce", "MCE %", "mce", 100, 2),
+)
+
+
+def write_card(folder: str | Path, report: Mapping[str, Any], **options) -> Path:
+    """Write or renew `README.md` of a run folder; options are those of `model_card`.
+
+    Pictures are shown if they lie in the folder. An existing README keeps everything outside the block.
+
+    Returns:
+        The path of the card.
+    """
+    folder = Path(folder)
+    path = folder / "README.md"
+    existing = path.read_text() if path.exists() else None
+    pictures = [name for name in PICTURES if (folder / name).exists()]
+    path.write_text(model_card(report, existing=existing, pictures=pictures, name=folder.resolve().name, **options))
+    return path
+
+
+def model_card(
+    report: Mapping[str, Any],
+    *,
+    name: str,
+    repo_id: str | None = None,
+    existing: str | None = None,
+    pictures: Sequence[str] = (),
+    license: str | None = None,
+) -> str:
+    """The text of a card.
+
+    Args:
+        report: A `report.json` of `finetune`.
+        name: Title of a new card.
+        repo_id: Where the checkpoint is going to live, for the example; else the name.
+        existing: Text of the card there is; a stock card of the Trainer and one without the block get it at the end.
+        pictures: Names of `PICTURES` that lie beside the card.
+        license: Licence of the checkpoint, as the Hub spells it.
+
+    Raises:
+        ValueError: If the report lacks its test metrics.
+    """
+    if not isinstance(report.get("test"), Mapping) or "raw" not in report["test"]:
+        raise ValueError(f"The report must hold test.raw, the metrics of the test split; found {sorted(report)}.")
+    card = ModelCard(existing) if existing else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
+    _merge_metadata(card.data, report, name, license)
+    block = f"{START}\n\n{_block(report, repo_id or name, pictures)}\n\n{END}"
+    text = card.text
+    if START in text and END in text:
+        before, rest = text.split(START, 1)
+        text = before + block + rest.split(END, 1)[1]
+    else:
+        text = f"{text.rstrip()}\n\n{block}\n"
+    return f"---\n{card.data.to_yaml().strip()}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
+
+
+def _merge_metadata(data: ModelCardData, report: Mapping[str, Any], name: str, license: str | None) -> None:
+    training = report.get("training", {})
+    data.model_name = data.model_name or name
+    data.library_name = data.library_name or "transformers"
+    data.pipeline_tag = data.pipeline_tag or task_of(report)
+    data.license = data.license or license
+    dataset = str(training.get("dataset", "unknown"))
+    data.tags = _union(data.tags, ["calibration", "hf-adafocal", report.get("loss", {}).get("name")])
+    ours = _results(report, dataset)
+    measured = {(result.dataset_type, result.dataset_split, result.metric_type) for result in ours}
+    kept = [
+        result
+        for result in data.eval_results or []
+        if (result.dataset_type, result.dataset_split, result.metric_type) not in measured
+    ]
+    data.eval_results = kept + ours
+    data.metrics = _union(data.metrics, [result.metric_type for result in ours])
+
+
+def _results(report: Mapping[str, Any], dataset: str) -> list[EvalResult]:
+    values = report["test"][_shipped(report)]
+    bins = values.get("num_bins", 15)
+    return [
+        EvalResult(
+            task_type=task_of(report),
+            dataset_type=dataset,
+            dataset_name=dataset,
+            dataset_split=report.get("split", "test"),
+            metric_type=metric_type,
+            metric_name=f"{heading.removesuffix(' %')} ({bins} bins)"
+            if "CE" in heading
+            else heading.removesuffix(" %"),
+            metric_value=values[key],
+        )
+        for key, heading, metric_type, _, _ in METRICS
+        if key in values
+    ]
+
+
+def task_of(report: Mapping[str, Any]) -> str:
+    """The Hub's name of the task, from the model's class."""
+    model = str(report.get("training", {}).get("model", ""))
+    for part, task in (("Image", "image-classification"), ("Token", "token-classification")):
+        if part in model:
+            return task
+    return "text-classification"
+
+
+def _shipped(report: Mapping[str, Any]) -> str:
+    """Which of the report's two results is that of the checkpoint's own scores."""
+    return "temperature_scaled" if report.get("folded") else "raw"
+
+
+def _block(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> str:
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    template = environment.from_string(files("hf_adafocal.report").joinpath("card_template.md").read_text())
+    test, loss, shipped = report["test"], report.get("loss", {}), _shipped(report)
+    baselines = report.get("baselines", {})
+    return template.render(
+        values=test[shipped],
+        ece_interval=test.get("intervals", {}).get(shipped, {}).get("ece"),
+        resamples=test.get("intervals", {}).get("num_resamples"),
+        temperature=test.get("temperature"),
+        folded=shipped == "temperature_scaled",
+        table=_table(report),
+        pictures=[{"file": name, "alt": PICTURES[name]} for name in pictures],
+        task=task_of(report),
+        repo_id=repo_id,
+        loss=LOSS_NAMES.get(loss.get("name"), loss.get("name", "an unknown loss")),
+        settings={name: value for name, value in loss.items() if name != "name"},
+        gamma=report.get("gamma"),
+        smoothing=report.get("smoothing"),
+        by_temperature=loss.get("update_rule") == "temperature",
+        signal="temperature of slices of" if loss.get("update_rule") == "temperature" else "calibration gap on",
+        training=report.get("training", {}),
+        seed=report.get("seed"),
+        sizes={
+            role: part["size"] if isinstance(part, Mapping) else part
+            for role, part in report.get("splits", {}).items()
+        },
+        overlap={parts: rows for parts, rows in report.get("overlap", {}).get("rows", {}).items() if rows},
+        split=report.get("split", "test"),
+        drove_gamma=report.get("drove_gamma", False),
+        unchecked=report.get("overlap", {}).get("policy") == "skip",
+        versions=report.get("versions", {}),
+        better=[name for name, values in baselines.items() if values["ece"] < test[shipped]["ece"]],
+    ).strip()
+
+
+def _table(report: Mapping[str, Any]) -> str:
+    test = report["test"]
+    columns = [column for column in METRICS if column[0] in test["raw"]]
+    rows = [["scores", *(heading for _, heading, _, _, _ in columns)], ["---"] * (len(columns) + 1)]
+    for name, title in (
+        ("raw", "as trained"),
+        ("temperature_scaled", f"divided by T = {test.get('temperature', 1):.3g}"),
+    ):
+        if name in test:
+            marked = f"**{title}** (this checkpoint)" if name == _shipped(report) else title
+            rows.append([marked, *(_cell(test, name, column) for column in columns)])
+    for title, values in report.get("baselines", {}).items():
+        rows.append(
+            [f"baseline: {title}", *(f"{values[key] * factor:.{digits}f}" for key, _, _, factor, digits in columns)]
+        )
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _cell(test: Mapping[str, Any], name: str, column: tuple) -> str:
+    key, _, _, factor, digits = column
+    value = f"{test[name][key] * factor:.{digits}f}"
+    interval = test.get("intervals", {}).get(name, {}).get(key)
+    return f"{value} ({interval[0] * factor:.{digits}f} to {interval[1] * factor:.{digits}f})" if interval else value
+
+
+def _union(present: Any, added: Sequence[str | None]) -> list[str]:
+    present = [present] if isinstance(present, str) else list(present or [])
+    return present + [name for name in added if name and name not in present]

@@ -1,0 +1,213 @@
+"""What to fine-tune: data, a fresh model and how to batch, described by command-line arguments."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, NamedTuple
+
+from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    DefaultDataCollator,
+    PreTrainedModel,
+)
+
+from hf_adafocal.data.loading import Splits, encode_images, encode_texts, load_splits
+from hf_adafocal.models import (
+    GlobalPoolingCNNConfig,
+    GlobalPoolingCNNForSequenceClassification,
+    timm_classifier,
+    train_word_level_tokenizer,
+)
+
+
+class Prepared(NamedTuple):
+    """A task with its data read.
+
+    Attributes:
+        splits: Model inputs and `labels`.
+        model_init: Builds the model; fresh weights follow torch's seed.
+        processing_class: Tokenizer or image processor, saved with the checkpoint.
+        data_collator: Makes batches.
+    """
+
+    splits: Splits
+    model_init: Callable[[], PreTrainedModel]
+    processing_class: Any
+    data_collator: Callable
+
+
+@dataclass
+class Task:
+    """Arguments of every task."""
+
+    dataset: str = field(metadata={"help": "A built-in name, a Hub id or a local folder."})
+    model_name_or_path: str | None = field(
+        default=None,
+        metadata={"help": "Checkpoint to fine-tune, a Hub id or a local folder; None trains from scratch."},
+    )
+    label_column: str | None = field(default=None, metadata={"help": "Column of labels, if it cannot be told."})
+    input_column: str | None = field(default=None, metadata={"help": "Column of inputs, if it cannot be told."})
+    holdout_fraction: float = field(
+        default=0.1, metadata={"help": "Share of train held out for calibration, if there is no split for it."}
+    )
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many samples, stratified."})
+    ood: str | None = field(
+        default=None,
+        metadata={"help": "Out-of-distribution inputs to tell from the test split: a Hub id, a folder, or noise."},
+    )
+    split_seed: int | None = field(default=None, metadata={"help": "Seed of the splits; that of the run if left out."})
+
+    from_scratch: ClassVar[dict[str, Any]] = {}
+    fine_tuned: ClassVar[dict[str, Any]] = {}
+
+    @property
+    def training_defaults(self) -> dict[str, Any]:
+        """Training arguments that suit the task where the user gives none."""
+        return self.from_scratch if self.model_name_or_path is None else {**self.from_scratch, **self.fine_tuned}
+
+    def load(self, seed: int) -> Splits:
+        """Read the data and split it."""
+        return load_splits(
+            self.dataset,
+            label_column=self.label_column,
+            input_column=self.input_column,
+            calibration_fraction=self.holdout_fraction,
+            max_train_samples=self.max_train_samples,
+            seed=seed if self.split_seed is None else self.split_seed,
+            ood=self.ood,
+        )
+
+
+@dataclass
+class TextTask(Task):
+    """Text classification: the global-pooling CNN from scratch, or any checkpoint with a sequence classifier."""
+
+    dataset: str = field(
+        default="20_newsgroups", metadata={"help": "20_newsgroups, a Hub id or a local folder of texts with labels."}
+    )
+    max_length: int = field(default=256, metadata={"help": "Tokens kept of a text."})
+    vocab_size: int = field(default=20000, metadata={"help": "Words of the tokenizer trained for the CNN."})
+
+    from_scratch: ClassVar[dict[str, Any]] = {
+        "output_dir": "runs/text",
+        "loss": "adafocal",
+        "num_train_epochs": 10,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 256,
+        "weight_decay": 0.01,
+        "warmup_steps": 0.1,
+        "save_strategy": "no",
+        "logging_steps": 50,
+    }
+    fine_tuned: ClassVar[dict[str, Any]] = {
+        "loss": None,  # what the trainer takes by itself
+        "num_train_epochs": 3,
+        "learning_rate": 5e-5,
+        "per_device_train_batch_size": 16,
+        "per_device_eval_batch_size": 64,
+    }
+
+    def prepare(self, seed: int) -> Prepared:
+        """Read and tokenize the data; a CNN's tokenizer is trained on the training texts."""
+        splits = self.load(seed)
+        names = splits.label_names
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        if self.model_name_or_path is None:
+            tokenizer = train_word_level_tokenizer(splits.train["text"], self.vocab_size, self.max_length)
+            config = GlobalPoolingCNNConfig(
+                vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=len(names), **labels
+            )
+
+            def model_init() -> PreTrainedModel:
+                return GlobalPoolingCNNForSequenceClassification(config)
+        else:
+            tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
+
+            def model_init() -> PreTrainedModel:
+                return AutoModelForSequenceClassification.from_pretrained(
+                    self.model_name_or_path, num_labels=len(names), ignore_mismatched_sizes=True, **labels
+                )
+
+        encoded = encode_texts(splits, tokenizer, self.max_length)
+        return Prepared(encoded, model_init, tokenizer, DataCollatorWithPadding(tokenizer))
+
+
+@dataclass
+class ImageTask(Task):
+    """Image classification: a small timm ViT from scratch, any timm architecture, or any checkpoint."""
+
+    dataset: str = field(
+        default="digits", metadata={"help": "digits, cifar10, a Hub id or a local folder of images with labels."}
+    )
+    architecture: str = field(
+        default="vit_tiny_patch16_224", metadata={"help": "timm architecture to train from scratch."}
+    )
+    model_args: str = field(
+        default='{"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}',
+        metadata={"help": "Arguments of timm.create_model, as JSON."},
+    )
+    image_size: int = field(default=16, metadata={"help": "Side of the input of a network from scratch, in pixels."})
+    random_shift: float = field(
+        default=0.125, metadata={"help": "Training images are shifted by up to this share of their side."}
+    )
+    horizontal_flip: bool = field(default=False, metadata={"help": "Training images are mirrored half of the time."})
+
+    from_scratch: ClassVar[dict[str, Any]] = {
+        "output_dir": "runs/vision",
+        "loss": "adafocal",
+        "num_train_epochs": 50,
+        "learning_rate": 1e-3,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 256,
+        "weight_decay": 0.05,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "no",
+        "logging_steps": 20,
+        "remove_unused_columns": False,  # images are encoded as they are read
+    }
+    fine_tuned: ClassVar[dict[str, Any]] = {
+        "loss": None,  # what the trainer takes by itself
+        "num_train_epochs": 3,
+        "learning_rate": 5e-5,
+        "per_device_train_batch_size": 32,
+        "per_device_eval_batch_size": 64,
+    }
+
+    def prepare(self, seed: int) -> Prepared:
+        """Read the data; images are encoded as they are read."""
+        splits = self.load(seed)
+        names = splits.label_names
+        if self.model_name_or_path is None:
+
+            def model_init() -> PreTrainedModel:
+                return timm_classifier(self.architecture, names, self.image_size, json.loads(self.model_args))
+
+            from transformers import TimmWrapperImageProcessor  # needs timm
+
+            config = model_init().config
+            processor = TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture)
+        else:
+            processor = AutoImageProcessor.from_pretrained(self.model_name_or_path)
+
+            def model_init() -> PreTrainedModel:
+                return AutoModelForImageClassification.from_pretrained(
+                    self.model_name_or_path,
+                    num_labels=len(names),
+                    id2label=dict(enumerate(names)),
+                    label2id={name: index for index, name in enumerate(names)},
+                    ignore_mismatched_sizes=True,
+                )
+
+        encoded = encode_images(
+            splits, processor, random_shift=self.random_shift, horizontal_flip=self.horizontal_flip
+        )
+        return Prepared(encoded, model_init, processor, DefaultDataCollator())
+
+
+TASKS: dict[str, type[Task]] = {"text": TextTask, "vision": ImageTask}

@@ -1,0 +1,320 @@
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow
+import pyarrow.csv
+import pyarrow.parquet
+import pytest
+
+from hf_adafocal import cli
+from hf_adafocal.metrics.bootstrap import calibration_error_interval
+from hf_adafocal.metrics.gate import calibration_gate, read_predictions
+from hf_adafocal.metrics.scores import adaptive_calibration_error, expected_calibration_error, top_label
+
+SUFFIXES = ("parquet", "csv", "npz")
+every_suffix = pytest.mark.parametrize("suffix", SUFFIXES)
+every_nested_suffix = pytest.mark.parametrize("suffix", ["parquet", "npz"])
+
+
+def predictions(size=2000, gap=0.0):
+    """Probabilities of three classes whose top one is right at a rate of its probability minus the gap."""
+    generator = np.random.default_rng(0)
+    confidence = 0.5 + 0.5 * generator.random(size)
+    predicted = generator.integers(3, size=size)
+    labels = np.where(generator.random(size) < confidence - gap, predicted, (predicted + 1) % 3)
+    probabilities = np.repeat((1 - confidence[:, None]) / 2, 3, axis=1)
+    probabilities[np.arange(size), predicted] = confidence
+    return probabilities, labels
+
+
+def pairs(size=2000, gap=0.0):
+    return top_label(*predictions(size, gap))
+
+
+def save(path, **columns):
+    """Write arrays, or lists of a row each, to a file of the kind its suffix says."""
+    if path.suffix == ".npz":
+        np.savez(path, **columns)
+        return path
+    table = pyarrow.table({name: list(values) for name, values in columns.items()})
+    if path.suffix == ".csv":
+        pyarrow.csv.write_csv(table, path)
+    else:
+        pyarrow.parquet.write_table(table, path)
+    return path
+
+
+class TestCalibrationGate:
+    def test_it_holds_the_interval_of_the_expected_calibration_error(self):
+        confidence, correct = pairs()
+        found = calibration_gate(confidence, correct, max_ece=0.1, confidence_level=0.9, num_bins=10, seed=3)
+        assert found.interval == calibration_error_interval(confidence, correct, 10, level=0.9, seed=3)
+        assert found.ece == found.interval.value == expected_calibration_error(*predictions(), 10)
+
+    def test_equal_mass_bins_make_it_a_gate_on_the_adaptive_one(self):
+        found = calibration_gate(*pairs(), max_ece=0.1, scheme="equal_mass")
+        assert found.ece == adaptive_calibration_error(*predictions())
+        assert "15 equal-mass bins" in found.message
+
+    def test_a_calibrated_model_passes_and_an_over_confident_one_fails(self):
+        assert calibration_gate(*pairs(), max_ece=0.05).passed is True
+        assert calibration_gate(*pairs(gap=0.1), max_ece=0.05).passed is False
+
+    def test_the_upper_end_decides_not_the_value(self):
+        high = calibration_gate(*pairs(), max_ece=1).interval.high
+        assert calibration_gate(*pairs(), max_ece=high).passed
+        assert not calibration_gate(*pairs(), max_ece=np.nextafter(high, 0)).passed
+
+    def test_too_few_samples_fail_and_the_message_says_so(self):
+        found = calibration_gate(*pairs(200), max_ece=0.08)
+        assert found.ece < 0.08 and not found.passed
+        assert found.message.endswith("above the limit 0.08, ECE itself is not: more samples narrow the interval")
+
+    def test_the_message_is_one_line_with_every_number(self):
+        found = calibration_gate(np.full(400, 0.75), np.arange(400) % 2, max_ece=0.125, num_bins=10)
+        ends = f"{found.interval.low:.4g} to {found.interval.high:.4g}"
+        assert found.message == (
+            f"FAIL: ECE 0.25 (95% interval {ends}; 400 samples, 10 equal-width bins); "
+            "the upper end is above the limit 0.125"
+        )
+
+    def test_a_larger_confidence_is_stricter(self):
+        ends = [calibration_gate(*pairs(), max_ece=1, confidence_level=level).interval.high for level in (0.5, 0.99)]
+        limit = sum(ends) / 2
+        assert calibration_gate(*pairs(), max_ece=limit, confidence_level=0.5).passed
+        assert not calibration_gate(*pairs(), max_ece=limit, confidence_level=0.99).passed
+
+    @pytest.mark.parametrize("limit", [-0.01, 3, np.nan])
+    def test_a_limit_that_is_no_fraction_is_an_error(self, limit):
+        with pytest.raises(ValueError, match=rf"fraction in \[0, 1\], found {limit}; 0.03 stands for 3 %"):
+            calibration_gate(*pairs(), max_ece=limit)
+
+    @pytest.mark.parametrize("level", [0, 1, 95, np.nan])
+    def test_a_confidence_out_of_range_is_an_error(self, level):
+        with pytest.raises(ValueError, match=f"confidence_level must lie strictly between 0 and 1, found {level}"):
+            calibration_gate(*pairs(), max_ece=0.1, confidence_level=level)
+
+    def test_what_the_calibration_error_refuses_is_refused(self):
+        with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
+            calibration_gate([1.5], [1], max_ece=0.1)
+
+
+class TestReadPredictions:
+    @every_suffix
+    @pytest.mark.parametrize("dtype", [bool, int, float])
+    def test_it_reads_pairs_from_every_kind_of_file(self, tmp_path, suffix, dtype):
+        confidence, correct = pairs(50)
+        path = save(tmp_path / f"p.{suffix}", id=np.arange(50), confidence=confidence, correct=correct.astype(dtype))
+        found = read_predictions(path)
+        assert (found[0] == confidence).all() and (found[1] == correct).all()
+
+    @every_nested_suffix
+    def test_it_takes_the_top_label_of_probabilities(self, tmp_path, suffix):
+        probabilities, labels = predictions(50)
+        found = read_predictions(save(tmp_path / f"p.{suffix}", probabilities=probabilities, label=labels))
+        expected = top_label(probabilities, labels)
+        assert (found[0] == expected[0]).all() and (found[1] == expected[1]).all()
+
+    @pytest.mark.parametrize("kind", [pyarrow.list_, pyarrow.large_list, lambda v: pyarrow.list_(v, 3)])
+    def test_every_list_type_of_parquet_is_read(self, tmp_path, kind):
+        probabilities, labels = predictions(50)
+        column = pyarrow.array(list(probabilities.astype(np.float32)), kind(pyarrow.float32()))
+        pyarrow.parquet.write_table(
+            pyarrow.table({"probabilities": column, "label": labels}), tmp_path / "p.parquet", row_group_size=7
+        )
+        assert (read_predictions(tmp_path / "p.parquet")[1] == top_label(probabilities, labels)[1]).all()
+
+    @every_suffix
+    def test_columns_can_have_other_names(self, tmp_path, suffix):
+        path = save(tmp_path / f"p.{suffix}", score=[0.25, 0.5], hit=[1, 0])
+        confidence, correct = read_predictions(path, pair_columns=("score", "hit"))
+        assert confidence.tolist() == [0.25, 0.5] and correct.tolist() == [1, 0]
+
+    @every_nested_suffix
+    def test_probability_columns_can_have_other_names_and_win_over_the_default_pair(self, tmp_path, suffix):
+        columns = {"probs": [[0.25, 0.75], [0.5, 0.5]], "y": [1, 1], "confidence": [0.1, 0.1], "correct": [0, 0]}
+        path = save(tmp_path / f"p.{suffix}", **columns)
+        confidence, correct = read_predictions(path, probability_columns=("probs", "y"))
+        assert confidence.tolist() == [0.75, 0.5] and correct.tolist() == [True, False]
+
+    @every_nested_suffix
+    def test_a_file_with_both_kinds_of_columns_needs_a_choice(self, tmp_path, suffix):
+        columns = {"probabilities": [[0.25, 0.75]], "label": [1], "confidence": [0.5], "correct": [0]}
+        path = save(tmp_path / f"p.{suffix}", **columns)
+        with pytest.raises(ValueError, match="found both. Name the two to read"):
+            read_predictions(path)
+        assert read_predictions(path, pair_columns=("confidence", "correct"))[0].tolist() == [0.5]
+
+    def test_both_kinds_of_names_are_an_error(self, tmp_path):
+        path = save(tmp_path / "p.npz", confidence=[0.5], correct=[0])
+        with pytest.raises(ValueError, match="not both"):
+            read_predictions(path, pair_columns=("a", "b"), probability_columns=("c", "d"))
+
+    @every_suffix
+    def test_missing_columns_are_an_error_that_names_file_and_columns(self, tmp_path, suffix):
+        path = save(tmp_path / f"p.{suffix}", confidence=[0.5], label=[0])
+        with pytest.raises(ValueError, match=rf"p.{suffix}: expected columns.*found \['confidence', 'label'\]"):
+            read_predictions(path)
+        with pytest.raises(ValueError, match=rf"p.{suffix}: no column 'hit', found \['confidence', 'label'\]"):
+            read_predictions(path, pair_columns=("confidence", "hit"))
+
+    @every_suffix
+    @pytest.mark.parametrize(
+        ("confidence", "correct", "match"),
+        [
+            ([0.5, 1.5], [0, 1], r"columns 'confidence' and 'correct': Probabilities must lie in \[0, 1\]"),
+            ([0.5, 0.5], [0, 2], "columns 'confidence' and 'correct': Outcomes must be 0 or 1"),
+            (["high", "low"], [0, 1], "column 'confidence': expected numbers, found"),
+            ([0.5, 0.5], ["yes", "no"], "column 'correct': expected numbers, found"),
+        ],
+        ids=["confidence above 1", "outcome 2", "words as confidence", "words as outcome"],
+    )
+    def test_unusable_values_are_an_error_that_names_file_and_column(
+        self, tmp_path, suffix, confidence, correct, match
+    ):
+        path = save(tmp_path / f"p.{suffix}", confidence=confidence, correct=correct)
+        with pytest.raises(ValueError, match=rf"p\.{suffix}, {match}"):
+            read_predictions(path)
+
+    @pytest.mark.parametrize("suffix", ["parquet", "csv"])
+    def test_nulls_are_an_error_that_counts_them(self, tmp_path, suffix):
+        path = save(tmp_path / f"p.{suffix}", confidence=[0.5, None, None], correct=[0, 1, 1])
+        with pytest.raises(ValueError, match="column 'confidence': expected a value in each row, found 2 nulls"):
+            read_predictions(path)
+
+    @pytest.mark.parametrize(
+        ("probabilities", "match"),
+        [
+            ([[0.5, 0.5], [1.0]], "column 'probabilities': expected lists of one length, found 1 to 2"),
+            ([[0.5, 0.5], [None, 0.5]], "column 'probabilities': expected a value in each row, found 1 nulls"),
+            ([[2.0, -1.0], [0.1, 3.0]], "columns 'probabilities' and 'label': .*look like logits"),
+            ([0.5, 0.5], "column 'probabilities': expected a list.*name the two columns as pair columns"),
+            (["0.5 0.5", "0.1 0.9"], "column 'probabilities': expected numbers, found string"),
+        ],
+        ids=["uneven", "null inside", "logits", "one number", "text"],
+    )
+    def test_lists_that_are_no_probabilities_are_an_error(self, tmp_path, probabilities, match):
+        path = save(tmp_path / "p.parquet", probabilities=probabilities, label=[0, 1])
+        with pytest.raises(ValueError, match=f"p.parquet, {match}"):
+            read_predictions(path)
+
+    @pytest.mark.parametrize("rows", [[], [[], []]], ids=["no rows", "empty lists"])
+    def test_no_probabilities_at_all_are_an_error(self, tmp_path, rows):
+        column = pyarrow.array(rows, pyarrow.list_(pyarrow.float64()))
+        label = pyarrow.array([0] * len(rows), pyarrow.int64())
+        pyarrow.parquet.write_table(pyarrow.table({"probabilities": column, "label": label}), tmp_path / "p.parquet")
+        with pytest.raises(ValueError, match=rf"p.parquet, columns.*found shapes \({len(rows)}, 0\)"):
+            read_predictions(tmp_path / "p.parquet")
+
+    def test_columns_that_are_not_read_may_hold_anything(self, tmp_path):
+        path = save(tmp_path / "p.npz", confidence=[0.5], correct=[1], text=np.array(["a", None]))
+        assert read_predictions(path)[0].tolist() == [0.5]
+
+    def test_a_matrix_as_confidence_is_an_error(self, tmp_path):
+        path = save(tmp_path / "p.npz", confidence=[[0.5, 0.5]], correct=[1])
+        with pytest.raises(ValueError, match=r"'confidence' and 'correct': .*found shapes \(1, 2\) and \(1,\)"):
+            read_predictions(path)
+
+    @every_suffix
+    @pytest.mark.parametrize("content", [b"", b"PK\x03\x04 this is no archive"], ids=["empty", "damaged"])
+    def test_a_file_that_is_not_what_it_is_called_is_an_error_that_names_it(self, tmp_path, suffix, content):
+        path = tmp_path / f"p.{suffix}"
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=rf"p\.{suffix}: "):
+            read_predictions(path)
+
+    @every_suffix
+    def test_a_missing_file_or_a_folder_is_an_error_that_names_it(self, tmp_path, suffix):
+        (tmp_path / f"folder.{suffix}").mkdir()
+        for name in ("missing", "folder"):
+            with pytest.raises(ValueError, match=rf"{name}\.{suffix}: cannot be read as {suffix}"):
+                read_predictions(tmp_path / f"{name}.{suffix}")
+
+    def test_python_objects_in_an_archive_are_not_loaded(self, tmp_path):
+        path = save(tmp_path / "p.npz", confidence=np.array([0.5, None]), correct=[0, 1])
+        with pytest.raises(ValueError, match="p.npz.*allow_pickle"):
+            read_predictions(path)
+
+    def test_a_single_array_is_an_error(self, tmp_path):
+        np.save(tmp_path / "p.npy", np.zeros(3))
+        (tmp_path / "p.npy").rename(tmp_path / "p.npz")
+        with pytest.raises(ValueError, match="p.npz: cannot be read as npz"):
+            read_predictions(tmp_path / "p.npz")
+
+    def test_another_kind_of_file_is_an_error(self, tmp_path):
+        with pytest.raises(ValueError, match=r"p.json: expected a .parquet, .csv or .npz file"):
+            read_predictions(tmp_path / "p.json")
+
+
+class TestGateCommand:
+    @every_suffix
+    def test_it_exits_with_0_within_the_limit_and_1_above(self, tmp_path, capsys, suffix):
+        for gap, code, word in ((0, 0, "PASS"), (0.1, 1, "FAIL")):
+            confidence, correct = pairs(gap=gap)
+            path = save(tmp_path / f"p.{suffix}", confidence=confidence, correct=correct)
+            assert cli.main(["gate", "--max-ece", "0.05", str(path)]) == code
+            found = capsys.readouterr()
+            assert found.out == calibration_gate(confidence, correct, max_ece=0.05).message + "\n"
+            assert found.out.startswith(word) and not found.err
+
+    def test_its_options_reach_the_gate(self, tmp_path, capsys):
+        probabilities, labels = predictions()
+        path = save(tmp_path / "p.parquet", probs=probabilities, y=labels)
+        line = ["gate", "--max-ece", "0.06", "--confidence", "0.5", "--num-bins", "7"]
+        assert cli.main([*line, str(path), "--probability-columns", "probs", "y"]) == 0
+        expected = calibration_gate(*pairs(), max_ece=0.06, confidence_level=0.5, num_bins=7).message
+        assert capsys.readouterr().out == expected + "\n"
+
+    def test_pair_columns_can_be_named(self, tmp_path):
+        path = save(tmp_path / "p.csv", score=[0.5] * 400, hit=[0, 1] * 200)
+        assert cli.main(["gate", "--max-ece", "0.1", str(path), "--pair-columns", "score", "hit"]) == 0
+
+    @pytest.mark.parametrize(
+        ("columns", "extra", "names"),
+        [
+            ({"confidence": [0.5], "hit": [1]}, [], ["p.csv", "'correct'", "'hit'"]),
+            ({"confidence": [1.5], "correct": [1]}, [], ["p.csv", "'confidence'", "found 1.5"]),
+            ({"confidence": [0.5], "correct": [1]}, ["--max-ece", "3"], ["max_ece", "found 3"]),
+            ({"confidence": [0.5], "correct": [1]}, ["--confidence", "95"], ["confidence_level", "found 95"]),
+            ({"confidence": [0.5], "correct": [1]}, ["--num-bins", "0"], ["num_bins", "found 0"]),
+        ],
+    )
+    def test_unusable_input_exits_with_2_and_one_line(self, tmp_path, capsys, columns, extra, names):
+        path = save(tmp_path / "p.csv", **columns)
+        assert cli.main(["gate", "--max-ece", "0.1", str(path), *extra]) == 2
+        found = capsys.readouterr()
+        assert not found.out and found.err.startswith("hf-adafocal gate: ") and found.err.count("\n") == 1
+        assert all(name in found.err for name in names)
+
+    @pytest.mark.parametrize(
+        "line",
+        [
+            ["p.csv"],
+            ["--max-ece", "0.1"],
+            ["--max-ece", "0.1", "p.csv", "--unknown"],
+            ["--max-ece", "0.1", "p.csv", "--pair-columns", "a", "b", "--probability-columns", "c", "d"],
+        ],
+    )
+    def test_a_wrong_command_line_exits_with_2(self, line):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main(["gate", *line])
+        assert exit_.value.code == 2
+
+    def test_the_process_exits_with_1_above_the_limit_and_2_without_a_file(self, tmp_path):
+        confidence, correct = pairs(gap=0.1)
+        path = save(tmp_path / "p.parquet", confidence=confidence, correct=correct)
+        command = [sys.executable, "-m", "hf_adafocal.cli", "gate", "--max-ece", "0.05"]
+        failed = subprocess.run([*command, str(path)], capture_output=True, text=True)
+        assert failed.returncode == 1 and failed.stdout.startswith("FAIL: ECE 0.") and not failed.stderr
+        missing = subprocess.run([*command, str(tmp_path / "no.parquet")], capture_output=True, text=True)
+        assert missing.returncode == 2 and missing.stderr.count("\n") == 1 and "no.parquet" in missing.stderr
+
+    def test_it_loads_neither_torch_nor_transformers(self, tmp_path):
+        path = save(tmp_path / "p.parquet", confidence=[0.5], correct=[1])
+        code = (
+            "import sys; from hf_adafocal import cli; "
+            f"cli.main(['gate', '--max-ece', '1', {str(path)!r}]); print(*sys.modules)"
+        )
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert not set(found.split()) & {"torch", "transformers", "datasets", "sklearn"}

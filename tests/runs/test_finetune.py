@@ -1,0 +1,252 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from datasets import Dataset
+from transformers import AutoImageProcessor, AutoModelForImageClassification, BertTokenizerFast, pipeline
+
+from hf_adafocal import cli
+from hf_adafocal.data.loading import load_splits
+from hf_adafocal.metrics.scores import calibration_report
+from hf_adafocal.runs.finetune import compare, finetune, parse_arguments
+from hf_adafocal.runs.tasks import ImageTask, TextTask
+
+pytest.importorskip("timm", reason="timm is the extra `vision`")
+pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+PAPER = ["--update_rule", "paper"]
+QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "2", "--max_train_samples", "200"]
+
+
+def newsgroups(folder: Path) -> str:
+    """Texts of three topics that share most words, 30 a topic, with one empty text."""
+    generator = np.random.default_rng(0)
+    common, topics = [f"word{i}" for i in range(30)], ["space", "motor", "faith"]
+    rows = []
+    for index in range(90):
+        words = [*generator.choice(common, 25), *generator.choice(topics, 2, p=np.eye(3)[index % 3] * 0.85 + 0.05)]
+        rows.append(" ".join(generator.permutation(words)))
+    rows[0] = ""
+    folder.mkdir()
+    data = Dataset.from_dict({"text": rows, "label": [index % 3 for index in range(90)]})
+    data.to_parquet(str(folder / "train.parquet"))
+    return str(folder)
+
+
+def sizes(report: dict) -> dict:
+    return {role: split["size"] for role, split in report["splits"].items()}
+
+
+class TestParseArguments:
+    def test_a_task_brings_training_arguments_of_its_own(self, tmp_path):
+        task, args = parse_arguments(ImageTask, ["--output_dir", str(tmp_path)])
+        assert (task.dataset, args.loss, args.num_train_epochs) == ("digits", "adafocal", 50)
+        assert args.remove_unused_columns is False
+
+    def test_a_pretrained_model_gets_the_settings_of_a_fine_tune(self, tmp_path):
+        _, args = parse_arguments(TextTask, ["--model_name_or_path", "x", "--output_dir", str(tmp_path)])
+        assert (args.num_train_epochs, args.learning_rate) == (3, 5e-5)
+
+    def test_the_user_goes_first(self, tmp_path):
+        task, args = parse_arguments(
+            TextTask, ["--learning_rate", "0.1", "--max_length", "9", "--output_dir", str(tmp_path), "--loss", "focal"]
+        )
+        assert (args.learning_rate, task.max_length, args.loss) == (0.1, 9, "focal")
+
+    def test_an_unknown_argument_is_an_error(self, tmp_path):
+        with pytest.raises(ValueError, match="--no_such_thing"):
+            parse_arguments(TextTask, ["--no_such_thing", "1", "--output_dir", str(tmp_path)])
+
+
+@pytest.fixture(scope="module")
+def vision_run(tmp_path_factory):
+    """A short run on digits: its folder and report."""
+    folder = tmp_path_factory.mktemp("vision")
+    report = finetune(*parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(folder), "--seed", "3"]))
+    return folder, report
+
+
+class TestFinetune:
+    def test_the_folder_holds_checkpoint_report_and_pictures(self, vision_run):
+        folder, report = vision_run
+        assert json.loads((folder / "report.json").read_text()) == report
+        assert {"model.safetensors", "config.json", "trainer_state.json"} <= {path.name for path in folder.iterdir()}
+        for name in ("reliability.png", "gamma.png"):
+            assert (folder / name).read_bytes()[:4] == b"\x89PNG"
+
+    def test_the_report_is_what_the_saved_checkpoint_does_on_the_test_split(self, vision_run):
+        folder, report = vision_run
+        model = AutoModelForImageClassification.from_pretrained(folder).eval()
+        processor = AutoImageProcessor.from_pretrained(folder)
+        test = load_splits(seed=3).test
+        with torch.no_grad():
+            pixels = processor([image.convert("RGB") for image in test["image"]], return_tensors="pt")
+            p = model(**pixels).logits.double().softmax(-1).numpy()
+        expected = calibration_report(p, np.asarray(test["label"][:]))
+        assert report["test"]["raw"] == pytest.approx(expected, rel=1e-4)
+        assert sizes(report) == {"train": 200, "calibration": 144, "test": 360}
+
+    def test_the_checkpoint_works_in_a_pipeline(self, vision_run):
+        folder, _ = vision_run
+        classify = pipeline("image-classification", model=str(folder))
+        assert len(classify(load_splits().test[0]["image"].convert("RGB"), top_k=10)) == 10
+
+    def test_gamma_of_every_update_is_in_the_report(self, vision_run):
+        _, report = vision_run
+        assert [entry["step"] for entry in report["gamma"]] == [7, 14]
+        assert all(len(entry["gammas"]) == 15 for entry in report["gamma"])
+        assert report["loss"]["name"] == "adafocal" and report["loss"]["gamma_max"] == 20
+        assert report["loss"]["update_rule"] == "paper"
+        saved = json.loads((vision_run[0] / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
+        assert report["gamma"][-1]["gammas"] == saved["gammas"]
+
+    def test_the_knob_of_the_temperature_rule_is_in_the_report_and_on_the_card(self, tmp_path):
+        line = [
+            *QUICK,
+            "--output_dir",
+            str(tmp_path),
+            "--loss",
+            "adaptive_label_smoothing",
+            "--calibration_steps",
+            "4",
+        ]
+        report = finetune(*parse_arguments(ImageTask, line))
+        assert [entry["step"] for entry in report["smoothing"]] == [5, 9, 13] and report["gamma"] == []
+        assert report["loss"]["update_rule"] == "temperature"
+        saved = json.loads((tmp_path / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
+        assert saved == {"smoothing": report["smoothing"][-1]["smoothing"], "updates": 3}
+        card = (tmp_path / "README.md").read_text()
+        assert "Epsilon moved 3 times, by the temperature of slices of the calibration split; it ended at" in card
+
+    def test_the_one_gamma_of_the_temperature_rule_is_on_the_card(self, tmp_path):
+        line = [*QUICK, "--output_dir", str(tmp_path), "--update_rule", "temperature"]
+        report = finetune(*parse_arguments(ImageTask, line))
+        assert all(len(entry["gammas"]) == 1 for entry in report["gamma"])
+        ended = f"it ended at {report['gamma'][-1]['gammas'][0]:.2f}."
+        assert (
+            f"moved {len(report['gamma'])} times, by the temperature of slices" in (tmp_path / "README.md").read_text()
+        )
+        assert ended in (tmp_path / "README.md").read_text() and (tmp_path / "gamma.png").exists()
+
+    def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path):
+        line = [*QUICK, "--output_dir", str(tmp_path), "--loss", "cross_entropy", "--ood", "noise", "--seed", "3"]
+        report = finetune(*parse_arguments(ImageTask, line))
+        model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+        processor, splits = AutoImageProcessor.from_pretrained(tmp_path), load_splits(seed=3, ood="noise")
+        with torch.no_grad():
+            test, other = (
+                model(**processor([image.convert("RGB") for image in part["image"]], return_tensors="pt")).logits
+                for part in (splits.test, splits.ood)
+            )
+        confidence = [logits.double().softmax(-1).amax(-1).numpy() for logits in (test, other)]
+        wins = (confidence[0][:, None] > confidence[1]).mean() + (confidence[0][:, None] == confidence[1]).mean() / 2
+        assert report["ood"]["raw"]["max_softmax_auroc"] == pytest.approx(wins, abs=1e-4)
+        assert report["ood"]["dataset"] == "noise" and report["ood"]["temperature_scaled"]["num_out"] == 360
+
+    def test_one_seed_gives_one_result(self, vision_run, tmp_path):
+        _, report = vision_run
+        again = finetune(*parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(tmp_path), "--seed", "3"]))
+        assert again["test"] == report["test"] and again["gamma"] == report["gamma"]
+
+    def test_a_text_model_is_trained_from_scratch_with_a_tokenizer_of_its_own(self, tmp_path):
+        line = ["--dataset", newsgroups(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), *QUICK[:4]]
+        report = finetune(*parse_arguments(TextTask, [*line, "--num_train_epochs", "8"]))
+        assert sizes(report) == {"train": 64, "calibration": 8, "test": 18}
+        assert report["test"]["raw"]["accuracy"] > 0.6
+        classify = pipeline("text-classification", model=str(tmp_path / "run"))
+        assert classify("space space word1")[0]["label"] == "0"
+
+    def test_any_sequence_classifier_can_be_fine_tuned(self, tmp_path):
+        data = newsgroups(tmp_path / "data")
+        words = sorted({word for text in load_splits(data).train["text"] for word in text.split()})
+        (tmp_path / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]))
+        BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
+        tiny.bert(num_labels=2).save_pretrained(tmp_path / "model")
+        line = ["--dataset", data, "--model_name_or_path", str(tmp_path / "model"), "--loss", "cross_entropy"]
+        report = finetune(*parse_arguments(TextTask, [*line, "--output_dir", str(tmp_path / "run"), *QUICK[:6]]))
+        assert report["training"]["model"] == "BertForSequenceClassification" and report["gamma"] == []
+        assert not (tmp_path / "run" / "gamma.png").exists()
+
+    def test_any_image_classifier_can_be_fine_tuned(self, vision_run, tmp_path):
+        folder, _ = vision_run
+        line = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path), *QUICK]
+        task, args = parse_arguments(ImageTask, line)
+        task.prepare(0).model_init()
+        assert finetune(task, args)["training"]["learning_rate"] == 5e-5
+
+
+class TestCompare:
+    def test_runs_of_one_seed_differ_in_the_loss_alone(self, tmp_path):
+        reports = compare(ImageTask, QUICK, ["cross_entropy", "focal"], [0, 1], tmp_path)
+        assert {loss: [report["seed"] for report in runs] for loss, runs in reports.items()} == {
+            "cross_entropy": [0, 1], "focal": [0, 1],
+        }  # fmt: skip
+        assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
+        *table, blank, verdict = (tmp_path / "comparison.md").read_text().splitlines()
+        assert len(table) == 2 + 2 * 2 and blank == "" and verdict.startswith("2 seeds, paired differences")
+        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
+            "cross_entropy-0", "cross_entropy-1", "focal-0", "focal-1",
+        }  # fmt: skip
+
+    def test_a_loss_can_be_compared_under_both_rules(self, tmp_path):
+        reports = compare(ImageTask, QUICK, ["adafocal:paper", "adafocal:temperature"], [0], tmp_path)
+        assert {loss: runs[0]["loss"]["update_rule"] for loss, runs in reports.items()} == {
+            "adafocal:paper": "paper", "adafocal:temperature": "temperature",
+        }  # fmt: skip
+        assert (tmp_path / "adafocal-paper-0" / "report.json").exists()
+
+    def test_an_unknown_loss_is_an_error_before_anything_is_trained(self, tmp_path):
+        with pytest.raises(ValueError, match="losses must be among cross_entropy.*found hinge"):
+            compare(ImageTask, QUICK, ["cross_entropy", "hinge"], [0], tmp_path)
+        assert not list(tmp_path.iterdir())
+
+    def test_the_command_prints_the_table_and_can_reuse_finished_runs(self, tmp_path, capsys):
+        line = ["compare", "vision", "--losses", "focal", "--seeds", "0", "--folder", str(tmp_path), *QUICK]
+        assert cli.main(line) == 0
+        table = capsys.readouterr().out.splitlines()[-4:]
+        assert table[-2].startswith("| focal | 1     | none")
+        report = tmp_path / "focal-0" / "report.json"
+        before = report.stat().st_mtime_ns
+        assert cli.main([*line, "--reuse"]) == 0
+        assert capsys.readouterr().out.splitlines()[-4:] == table and report.stat().st_mtime_ns == before
+
+    def test_without_a_verb_the_command_says_how_to_use_it(self, capsys):
+        with pytest.raises(SystemExit) as exit_:
+            cli.main([])
+        assert exit_.value.code == 2 and "compare" in capsys.readouterr().err
+
+
+class TestScripts:
+    @pytest.mark.parametrize(
+        "launcher",
+        [
+            ["torch.distributed.run", "--nproc_per_node", "2"],
+            [
+                *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+                *("--mixed_precision", "no", "--dynamo_backend", "no"),
+            ],
+        ],
+        ids=["torchrun", "accelerate"],
+    )
+    def test_two_processes_write_one_report_and_print_one_table(self, tmp_path, launcher):
+        script = [str(SCRIPTS / "train_vision.py"), *QUICK, "--output_dir", str(tmp_path)]
+        environment = {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
+        result = subprocess.run(
+            [sys.executable, "-m", *launcher, *script], capture_output=True, text=True, env=environment, timeout=300
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+        assert result.stdout.count("as trained") == 1
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["training"]["batch_size"] == 2 * 32 and sizes(report)["test"] == 360
+
+    @pytest.mark.slow
+    def test_the_main_job_reaches_93_percent(self, tmp_path):
+        command = [sys.executable, str(SCRIPTS / "train_vision.py"), "--output_dir", str(tmp_path)]
+        subprocess.run(command, check=True, timeout=600)
+        assert json.loads((tmp_path / "report.json").read_text())["test"]["raw"]["accuracy"] >= 0.93

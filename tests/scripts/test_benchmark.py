@@ -1,0 +1,41 @@
+"""The benchmark still runs, and what it measures without a clock."""
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
+
+
+@pytest.fixture
+def benchmark(monkeypatch):
+    """The script as a module, with sizes for a test."""
+    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    sizes = {"STEPS": 3, "BATCH": 8, "SAMPLES": 20_000, "CLASSES": 10, "IMAGES": 40}
+    for name, value in sizes.items():
+        monkeypatch.setattr(module, name, value)
+    vit = {"num_labels": 10, "hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "patch_size": 16}
+    monkeypatch.setattr(module, "VIT", {**module.VIT, **vit})
+    return module
+
+
+class TestInterleaved:
+    def test_a_ratio_is_the_median_over_rounds_to_the_first_candidate_of_the_round(self, benchmark):
+        times = {"base": iter([9, 1, 2, 4]), "other": iter([9, 3, 2, 20])}  # the first of each is the warm-up
+        found = benchmark.interleaved({name: name for name in times}, lambda name: next(times[name]), rounds=3)
+        assert found == {"base": (2, 1), "other": (3, 3)}  # ratios 3, 1, 5
+
+
+class TestTrainer:
+    def test_the_tables_name_every_trainer_and_calibration_holds_under_40_bytes_a_sample(self, benchmark, capsys):
+        benchmark.benchmark_trainer("cpu", rounds=1)
+        out = capsys.readouterr().out
+        rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+        assert rows[1:5] == ["---", "Trainer", "cross_entropy", "adafocal"]
+        assert rows[-2:] == ["small ViT, 10 classes", "logits known, 10 classes"]
+        held = float(re.search(r"Calibration holds ([\d.]+) MB", out).group(1))
+        assert 0.45 < held < 0.8  # 32 bytes for each of 20,000 samples, and the objects around them

@@ -1,0 +1,70 @@
+import json
+import logging
+
+import pytest
+import tiny
+from transformers import Trainer, TrainingArguments
+
+from hf_adafocal import AdaFocalCallback, AdaFocalLoss
+from hf_adafocal.training.callbacks import STATE_KEY
+
+
+def saved_state(checkpoint) -> dict:
+    return json.loads((checkpoint / "trainer_state.json").read_text())
+
+
+@pytest.fixture
+def warnings(caplog):
+    """What transformers logs, as text."""
+    logging.getLogger("transformers").propagate = True
+    caplog.set_level("INFO")
+    return caplog
+
+
+class TestCheckpoint:
+    def test_the_table_is_plain_numbers_in_trainer_state(self, tmp_path):
+        run = tiny.trainer(tmp_path, save_strategy="epoch")
+        run.train()
+        saved = saved_state(tmp_path / "checkpoint-12")["stateful_callbacks"][STATE_KEY]
+        assert saved == {"edges": run.loss.edges.tolist(), "gammas": run.loss.gammas.tolist(), "updates": 2}
+
+    def test_the_table_saved_with_an_epoch_is_the_one_the_next_epoch_uses(self, tmp_path):
+        run = tiny.trainer(tmp_path, save_strategy="epoch")
+        run.train()
+        logged = [entry for entry in run.state.log_history if "gamma_00" in entry]
+        saved = saved_state(tmp_path / "checkpoint-6")["stateful_callbacks"][STATE_KEY]
+        assert saved["gammas"] == [logged[0][f"gamma_{index:02d}"] for index in range(5)]
+
+    def test_resuming_says_how_many_updates_were_restored(self, tmp_path, warnings):
+        from transformers.utils import logging as hf_logging
+
+        tiny.trainer(tmp_path, save_strategy="epoch").train()
+        hf_logging.set_verbosity_info()
+        try:
+            again = tiny.trainer(tmp_path, num_train_epochs=3)
+            again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
+        finally:
+            hf_logging.set_verbosity_warning()
+        assert "Restored AdaFocal's table after 2 updates" in warnings.text
+
+    def test_a_checkpoint_of_another_trainer_starts_a_fresh_table_and_says_so(self, tmp_path, warnings):
+        args = TrainingArguments(str(tmp_path), num_train_epochs=1, use_cpu=True, save_strategy="epoch")
+        Trainer(tiny.bert(), args, train_dataset=tiny.token_dataset(48)).train()
+        run = tiny.trainer(tmp_path, save_strategy="epoch")
+        run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
+        assert "step 6 was not saved by a run with AdaFocalCallback" in warnings.text
+        assert saved_state(tmp_path / "checkpoint-12")["stateful_callbacks"][STATE_KEY]["updates"] == 1
+
+
+class TestWhen:
+    def test_another_prefix_does_not_move_gamma(self, tmp_path):
+        run = tiny.trainer(tmp_path, loss=AdaFocalLoss(num_bins=5), eval_dataset=tiny.token_dataset(60, seed=1))
+        callback = next(c for c in run.callback_handler.callbacks if isinstance(c, AdaFocalCallback))
+        callback.metric_key_prefix = "eval_other"
+        run.train()
+        assert run.loss.gammas.eq(1).all() and callback.updates == 0
+
+    def test_every_evaluation_by_steps_moves_gamma(self, tmp_path):
+        run = tiny.trainer(tmp_path, eval_strategy="steps", eval_steps=3)
+        run.train()
+        assert [entry["step"] for entry in run.state.log_history if "gamma_00" in entry] == [3, 6, 9, 12]

@@ -1,0 +1,187 @@
+"""Two real processes (gloo) against one: the same tables, the same metrics."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from accelerate import debug_launcher
+
+from hf_adafocal.metrics.scores import calibration_report
+
+SCRIPTS = Path(__file__).parents[2] / "scripts"
+METRICS = ("eval_loss", "eval_nll", "eval_accuracy", "eval_ece", "eval_ada_ece")
+TAILS = (1, 7, 8, 9, 21)  # sizes that leave the last batch, or the second process, short of samples
+LAUNCHERS = {
+    "torchrun": ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+    "accelerate": [
+        *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+        *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+    ],
+}
+
+
+def evaluations(log: list[dict]) -> list[list[float]]:
+    return [[entry[name] for name in METRICS] for entry in log if "eval_ece" in entry]
+
+
+def train(folder, batch_size: int, world_size: int) -> None:
+    """Train on 96 samples, 12 updates; write what this rank ended with."""
+    torch.set_num_threads(1)
+    run = tiny.trainer(
+        folder,
+        train_dataset=tiny.token_dataset(96),
+        eval_dataset=tiny.token_dataset(61, seed=1),  # a last batch that is padded for the second process
+        num_train_epochs=4,
+        eval_strategy="steps",
+        eval_steps=2,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        ddp_find_unused_parameters=False,
+    )
+    assert run.args.world_size == world_size
+    tables, set_table = [], run.loss.set_table
+
+    def recorded(edges, gammas):
+        set_table(edges, gammas)
+        tables.append([run.loss.edges.tolist(), run.loss.gammas.tolist()])
+
+    run.loss.set_table = recorded
+    run.train()
+    result = {
+        "tables": tables,
+        "evaluations": evaluations(run.state.log_history),
+        "weights": [parameter.detach().flatten().tolist() for parameter in run.model.parameters()],
+    }
+    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(result))
+
+
+def evaluate_tails(folder) -> None:
+    """Metrics, and the NLL's sum over samples, of sets of all sizes of `TAILS`."""
+    torch.set_num_threads(1)
+    run = tiny.trainer(folder, per_device_eval_batch_size=4)
+    assert run.args.world_size == 2
+    result = [run.evaluate(tiny.token_dataset(size, seed=size)) for size in TAILS]
+    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(result))
+
+
+def train_classwise(folder, batch_size: int) -> None:
+    """Two epochs with a table for each class; write them."""
+    torch.set_num_threads(1)
+    run = tiny.trainer(
+        folder,
+        tiny.bert(num_labels=4),
+        loss="classwise_adafocal",
+        eval_dataset=tiny.token_dataset(61, seed=1),
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=batch_size,
+        ddp_find_unused_parameters=False,
+    )
+    run.train()
+    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(run.loss.table()))
+
+
+def ranks(folder) -> tuple[dict, dict]:
+    return tuple(json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
+
+
+class TestTraining:
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory):
+        """One process with batches of 16; both ranks of two with batches of 8."""
+        one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+        debug_launcher(train, args=(two, 8, 2), num_processes=2)
+        train(one, 16, 1)
+        return json.loads((one / "rank-0.json").read_text()), *ranks(two)
+
+    def test_two_processes_give_the_table_of_one_after_every_update(self, runs):
+        one, first, _ = runs
+        assert len(one["tables"]) == len(first["tables"]) == 12
+        for mine, theirs in zip(one["tables"], first["tables"], strict=True):
+            for here, there in zip(mine, theirs, strict=True):  # edges, gammas
+                np.testing.assert_allclose(here, there, rtol=0, atol=1e-6)
+        assert one["tables"][0] != one["tables"][-1]
+
+    def test_two_processes_give_the_metrics_of_one(self, runs):
+        one, first, _ = runs
+        assert len(one["evaluations"]) == 12
+        np.testing.assert_allclose(one["evaluations"], first["evaluations"], rtol=0, atol=1e-6)
+
+    def test_the_two_ranks_agree_to_the_bit(self, runs):
+        _, first, second = runs
+        assert first["tables"] == second["tables"] and first["weights"] == second["weights"]
+        assert first["evaluations"] == second["evaluations"]
+
+    def test_two_processes_give_the_tables_of_classes_of_one(self, tmp_path):
+        one, two = tmp_path / "one", tmp_path / "two"
+        for folder in (one, two):
+            folder.mkdir()
+        debug_launcher(train_classwise, args=(two, 8), num_processes=2)
+        train_classwise(one, 16)
+        expected, (first, second) = json.loads((one / "rank-0.json").read_text()), ranks(two)
+        assert first == second and sum(first["class_counts"]) == 61 and len(first["class_gammas"]) == 4
+        for name, values in expected.items():
+            np.testing.assert_allclose(first[name], values, rtol=0, atol=1e-6)
+
+
+class TestPaddedTail:
+    def test_samples_that_pad_the_last_batch_are_not_counted(self, tmp_path):
+        debug_launcher(evaluate_tails, args=(tmp_path,), num_processes=2)
+        first, second = ranks(tmp_path)
+        for size, mine, theirs in zip(TAILS, first, second, strict=True):
+            expected = calibration_report(*tiny.probabilities(tiny.bert(), tiny.token_dataset(size, seed=size)), 5)
+            for name in ("nll", "accuracy", "ece", "ada_ece"):
+                assert mine[f"eval_{name}"] == pytest.approx(expected[name], abs=1e-6), (size, name)
+                assert mine[f"eval_{name}"] == theirs[f"eval_{name}"]
+            assert mine["eval_loss"] == mine["eval_nll"]
+
+
+@pytest.mark.slow
+class TestLaunchers:
+    """The scripts as users launch them; 160 samples, so that no batch of 32 is short."""
+
+    SETTINGS = {
+        **{"use_cpu": "true", "disable_tqdm": "true", "num_train_epochs": 2, "save_strategy": "epoch"},
+        **{"max_train_samples": 160, "lr_scheduler_type": "constant", "warmup_steps": 0},
+        **{"random_shift": 0, "ddp_find_unused_parameters": "false"},
+    }
+
+    def finished(self, folder, launcher: list[str], batch_size: int) -> tuple[list, list, int]:
+        """Tables and metrics after every update, and the samples of an optimizer step."""
+        settings = {**self.SETTINGS, "output_dir": str(folder), "per_device_train_batch_size": batch_size}
+        flags = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+        subprocess.run(
+            [sys.executable, *launcher, str(SCRIPTS / "train_vision.py"), *flags],
+            check=True,
+            timeout=300,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        saved = sorted(folder.glob("checkpoint-*/trainer_state.json"), key=lambda path: int(path.parent.name[11:]))
+        tables = [json.loads(path.read_text())["stateful_callbacks"]["adafocal"] for path in saved]
+        log = json.loads((folder / "trainer_state.json").read_text())["log_history"]
+        report = json.loads((folder / "report.json").read_text())
+        random_states = sorted(path.name for path in saved[-1].parent.glob("rng_state*"))
+        return (
+            [[*table["edges"], *table["gammas"]] for table in tables],
+            evaluations(log),
+            report["training"]["batch_size"],
+            random_states,
+        )
+
+    @pytest.fixture(scope="class")
+    def one_process(self, tmp_path_factory):
+        pytest.importorskip("timm", reason="timm is the extra `vision`")
+        return self.finished(tmp_path_factory.mktemp("one"), [], 32)
+
+    @pytest.mark.parametrize("launcher", LAUNCHERS)
+    def test_two_processes_give_the_tables_and_metrics_of_one(self, tmp_path, one_process, launcher):
+        tables, metrics, batch_size, files = self.finished(tmp_path, ["-m", *LAUNCHERS[launcher]], 16)
+        assert (one_process[3], files) == (["rng_state.pth"], ["rng_state_0.pth", "rng_state_1.pth"])
+        assert batch_size == one_process[2] == 32 and len(tables) == 2
+        np.testing.assert_allclose(tables, one_process[0], rtol=0, atol=1e-6)
+        np.testing.assert_allclose(metrics, one_process[1], rtol=0, atol=1e-6)
