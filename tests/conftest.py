@@ -1,4 +1,4 @@
-"""What every test shares: one thread, one seed, and the numbers of the authors' own code."""
+"""What every test shares: one thread, one seed, the numbers of the authors' own code, samples of real data."""
 
 import importlib
 import json
@@ -16,8 +16,7 @@ torch.set_num_threads(1)
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
 
-SHARED = Path(__file__).resolve().parents[2] / "shared"
-GOLDEN, SHARED_DATA = SHARED / "golden", SHARED / "data"
+TESTS = Path(__file__).parent
 
 
 def pytest_collection_modifyitems(items):
@@ -34,18 +33,14 @@ def seed():
 
 @pytest.fixture
 def golden():
-    """Load `<name>.json`: values that the authors' code gave, kept beside the checkout."""
-    if not GOLDEN.is_dir():
-        pytest.skip(f"no golden values: {GOLDEN.parent.name}/{GOLDEN.name} does not stand beside the checkout")
-    return lambda name: json.loads((GOLDEN / f"{name}.json").read_text())
+    """Load `golden/<name>.json`: values that the authors' code gave."""
+    return lambda name: json.loads((TESTS / "golden" / f"{name}.json").read_text())
 
 
 @pytest.fixture
-def shared_data():
-    """The folder of real data sets that is kept beside the checkout."""
-    if not SHARED_DATA.is_dir():
-        pytest.skip(f"no real data: {SHARED_DATA.parent.name}/{SHARED_DATA.name} does not stand beside the checkout")
-    return SHARED_DATA
+def real_data():
+    """The folder with small samples of real data sets."""
+    return TESTS / "samples"
 
 
 @pytest.fixture
