@@ -15,6 +15,7 @@ ALLOWED: dict[str, set[str]] = {
     "__init__": set(),
     "_lazy": set(),
     "preserved_state": set(),
+    "checkpoint_files": set(),
     "metrics": set(),
     "losses": set(),
     "data": set(),
@@ -24,7 +25,7 @@ ALLOWED: dict[str, set[str]] = {
     "report": {"metrics", "scaling"},
     "training": {"metrics", "losses", "scaling", "data", "report"},
     "runs": {"training", "metrics", "losses", "scaling", "data", "report", "models"},
-    "hub": {"report", "evaluate_modules", "training"},
+    "hub": {"report", "evaluate_modules"},
     "cli": {"runs", "metrics", "losses", "report", "hub"},
 }
 

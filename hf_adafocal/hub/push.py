@@ -8,11 +8,9 @@ import mmap
 import re
 import sys
 import time
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from fnmatch import fnmatch
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 
@@ -25,29 +23,14 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 from huggingface_hub.utils import validate_repo_id
-from safetensors import SafetensorError
 from transformers.utils import logging
 
-from hf_adafocal.training.checkpoints import READERS
+from hf_adafocal.checkpoint_files import check_header, is_log, is_pickle, is_training_state, is_weights
 
 logger = logging.get_logger(__name__)
 _HTTPError = HfHubHTTPError.__bases__[0]
 _http = sys.modules[_HTTPError.__module__.partition(".")[0]]  # httpx, and httpx2 from huggingface_hub 2 on
 _Answer = TypeVar("_Answer")
-
-# Patterns of names: folders at any depth, files in any folder.
-TRAINING_STATE_FOLDERS = ("checkpoint-*", "global_step*", "runs", "wandb", "mlruns")
-TRAINING_STATE_FILES = (
-    *("trainer_state.json", "training_args.bin", "events.out.tfevents*", "latest", "zero_to_fp32.py"),
-    *("optimizer*.pt", "optimizer*.bin", "scheduler*.pt", "scheduler*.bin", "scaler*.pt"),
-    *("rng_state*.pth", "random_states*.pkl"),
-)
-PICKLED_WEIGHTS = ("pytorch_model*.bin", "adapter_model*.bin", "*.ckpt")
-PICKLE_SUFFIXES = (".bin", ".ckpt", ".dill", ".joblib", ".pickle", ".pkl", ".pt", ".pth")
-# Files that `from_pretrained` picks by name: those of an earlier push would be loaded in place of the new ones.
-_WEIGHTS = re.compile(
-    r"(model|pytorch_model|adapter_model)(-\d+-of-\d+)?\.(safetensors|bin)(\.index\.json)?|adapter_config\.json"
-)
 
 _WAITS = (1, 2, 4, 8)  # seconds before the second, third, ... attempt
 _LONGEST_WAIT = 310  # seconds; the Hub counts requests in windows of five minutes
@@ -135,7 +118,7 @@ def push_run(
         private=private,
         revision=revision,
         message=message,
-        replaces=lambda path: _WEIGHTS.fullmatch(path) is not None,
+        replaces=_is_looked_up,
     )
     if left_out:
         logger.info(f"Not pushed: {', '.join(f'{path} ({reason})' for path, reason in left_out.items())}.")
@@ -256,35 +239,19 @@ def _commit(
 # What is in the folder -------------------------------------------------------------------------------------------
 
 
+def _is_looked_up(path: str) -> bool:
+    """Whether `from_pretrained` finds a file by its name, so that one of an earlier push would replace the new."""
+    return "/" not in path and (is_weights(path) or path == "adapter_config.json")
+
+
 def _reason_to_leave_out(path: PurePosixPath, source: Path, include_training_state: bool) -> str | None:
     if any(part.startswith(".") for part in path.parts):
         return "hidden"
-    if any(fnmatch(path.name, pattern) for pattern in PICKLED_WEIGHTS):
+    if is_weights(path) and path.suffix == ".bin" or path.suffix == ".ckpt":
         return "pickled weights"
-    if _is_training_state(path):
+    if is_training_state(path) or is_log(path):
         return None if include_training_state else "training state"
-    return "pickle" if _is_pickle(source) else None
-
-
-def _is_training_state(path: PurePosixPath) -> bool:
-    folders = any(fnmatch(part, pattern) for part in path.parts[:-1] for pattern in TRAINING_STATE_FOLDERS)
-    return folders or any(fnmatch(path.name, pattern) for pattern in TRAINING_STATE_FILES)
-
-
-def _is_pickle(source: Path) -> bool:
-    """By name, or by content whatever the name."""
-    if source.suffix in PICKLE_SUFFIXES:
-        return True
-    if source.suffix == ".safetensors":  # begins with the length of its header, which may look like anything
-        return False
-    with source.open("rb") as file:
-        start = file.read(4)
-    if start[:1] == b"\x80" and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
-        return True
-    if start != b"PK\x03\x04" or not zipfile.is_zipfile(source):
-        return False
-    with zipfile.ZipFile(source) as archive:  # torch.save
-        return any(name.endswith("data.pkl") for name in archive.namelist())
+    return "pickle" if is_pickle(source) else None
 
 
 def _check_checkpoint(folder: Path, files: Mapping[str, Path], left_out: Mapping[str, str]) -> None:
@@ -301,16 +268,10 @@ def _check_checkpoint(folder: Path, files: Mapping[str, Path], left_out: Mapping
     if not {"config.json", "adapter_config.json"} & set(top):
         raise ValueError(f"{folder} holds no config.json. Save the run with `trainer.save_model()` first.")
     for path in top:
-        read = READERS.get(files[path].suffix)
-        if read is not None:
-            _read(read, files[path])
-
-
-def _read(read: Callable[[Path], None], path: Path) -> None:
-    try:
-        read(path)
-    except (ValueError, SafetensorError, zipfile.BadZipFile) as error:
-        raise ValueError(f"{path} cannot be read: {error}. Save the run again before it is pushed.") from error
+        try:
+            check_header(files[path])
+        except ValueError as error:
+            raise ValueError(f"{error} Save the run again before it is pushed.") from error
 
 
 def _contains(source: Path, secret: bytes) -> bool:

@@ -1,28 +1,14 @@
 """Which checkpoints of a run are complete, so that a run that was killed can go on."""
 
-import json
 import re
-import zipfile
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
 from transformers.utils import logging
 
+from hf_adafocal.checkpoint_files import RESUMABLE_PARTS, STATE_FILE, check_header, read_json
+
 logger = logging.get_logger(__name__)
-
-STATE_FILE = "trainer_state.json"  # the Trainer writes it last
-
-# Any one of the patterns will do; the last ones are folders of FSDP and DeepSpeed.
-PARTS = {
-    "weights": (
-        *("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json"),
-        *("adapter_model.*", "*/adapter_model.*", "pytorch_model_fsdp*", "global_step*"),
-    ),
-    "optimizer": ("*optimizer*", "global_step*"),
-    "scheduler": ("scheduler.pt", "global_step*"),
-    "random state": ("rng_state*.pth",),
-}
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
@@ -64,17 +50,12 @@ def check_checkpoint(checkpoint: str | Path) -> None:
     """
     checkpoint = Path(checkpoint)
     read_state(checkpoint)
-    for part, patterns in PARTS.items():
+    for part, patterns in RESUMABLE_PARTS.items():
         if not any(any(checkpoint.glob(pattern)) for pattern in patterns):
             raise ValueError(f"{checkpoint} is not complete: it holds no {part} ({', '.join(patterns)}).")
     for path in sorted(checkpoint.rglob("*")):
-        read = READERS.get(path.suffix)
-        if read is None or not path.is_file():
-            continue
-        try:
-            read(path)
-        except (OSError, ValueError, SafetensorError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} cannot be read: {error}.") from error
+        if path.is_file():
+            check_header(path)
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
@@ -86,7 +67,7 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     path = Path(checkpoint) / STATE_FILE
     advice = "resume from another checkpoint, such as last_complete_checkpoint finds."
     try:
-        state = _read_json(path)
+        state = read_json(path)
     except FileNotFoundError as error:
         raise ValueError(f"{path} is missing, so the checkpoint is not complete; {advice}") from error
     except (OSError, ValueError) as error:
@@ -97,32 +78,3 @@ def read_state(checkpoint: str | Path) -> dict[str, Any]:
     if not isinstance(callbacks, dict):
         raise ValueError(f"stateful_callbacks in {path} must be an object, found {str(callbacks)[:80]}; {advice}")
     return state
-
-
-def _read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))
-
-
-def _read_index(path: Path) -> None:
-    content = _read_json(path)
-    if path.name.endswith(".index.json"):
-        missing = sorted(name for name in set(content["weight_map"].values()) if not (path.parent / name).is_file())
-        if missing:
-            raise ValueError(f"it names {missing}, which are missing")
-
-
-def _read_header(path: Path) -> None:
-    with safe_open(path, framework="np"):  # compares the header with the file's length
-        pass
-
-
-def _read_directory(path: Path) -> None:
-    with zipfile.ZipFile(path):  # torch.save writes the archive's directory at its end
-        pass
-
-
-READERS = {
-    ".json": _read_index,
-    ".safetensors": _read_header,
-    **dict.fromkeys((".pt", ".pth", ".bin"), _read_directory),
-}
