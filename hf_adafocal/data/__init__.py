@@ -3,12 +3,16 @@
 from hf_adafocal._lazy import lazy_attributes
 
 _HOMES = {
+    "ImageRows": "tensor_rows",
     "Splits": "loading",
+    "TensorRows": "tensor_rows",
     "check_splits": "overlap",
     "encode_images": "loading",
     "encode_texts": "loading",
     "fingerprint": "overlap",
     "load_splits": "loading",
+    "stack_images": "tensor_rows",
+    "whole_batch": "tensor_rows",
     "without_overlap": "overlap",
 }
 
