@@ -9,12 +9,13 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from PIL import Image as PILImage
 from transformers.utils import logging
 
+from hf_adafocal.data.columns import LABEL_COLUMNS
+from hf_adafocal.data.holdout import hold_out
 from hf_adafocal.data.overlap import without_overlap
 
 logger = logging.get_logger(__name__)
 
 HUB_IDS = {"20_newsgroups": "SetFit/20_newsgroups", "cifar10": "uoft-cs/cifar10"}
-LABEL_COLUMNS = ("label", "labels")
 TEXT_COLUMNS = ("text", "sentence", "content")
 NOISE = "noise"
 NOISE_DEVIATION = 0.1  # of Gaussian noise on pixels in [0, 1], as the fifth severity of CIFAR-10-C
@@ -95,14 +96,14 @@ def load_splits(
     if held_out:
         test = raw[held_out[0]]
     else:
-        train, test = _split(train, test_fraction, seed)
+        train, test = hold_out(train, test_fraction, seed)
     if len(held_out) == 2:
         calibration = raw[held_out[1]]
     else:
-        train, calibration = _split(train, calibration_fraction, seed)
+        train, calibration = hold_out(train, calibration_fraction, seed)
     train, calibration, test, _ = _apart(Splits(train, calibration, test))
     if max_train_samples is not None and max_train_samples < len(train):
-        train, _ = _split(train, len(train) - max_train_samples, seed)
+        train, _ = hold_out(train, len(train) - max_train_samples, seed)
     return Splits(train, calibration, test, _out_of_distribution(ood, test, input_column, seed) if ood else None)
 
 
@@ -245,16 +246,6 @@ def _class_label(train: Dataset, label: str) -> ClassLabel:
 
 def _has_labels(part: Dataset) -> bool:
     return len(part) > 0 and min(part["label"][:]) >= 0  # benchmarks hide test labels as -1
-
-
-def _split(dataset: Dataset, held_out: float | int, seed: int) -> tuple[Dataset, Dataset]:
-    try:
-        parts = dataset.train_test_split(held_out, stratify_by_column="label", seed=seed)
-    except ValueError as error:
-        raise ValueError(
-            f"Cannot hold out {held_out} of {len(dataset)} samples stratified by label: {error}"
-        ) from error
-    return parts["train"], parts["test"]
 
 
 def _out_of_distribution(path: str, test: Dataset, input_column: str | None, seed: int) -> Dataset:

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
 
 from hf_adafocal.data.loading import HUB_IDS
-from hf_adafocal.data.overlap import check_splits
+from hf_adafocal.data.overlap import drop_overlap
 from hf_adafocal.losses.registry import LOSSES
 from hf_adafocal.metrics.ood import ood_report
 from hf_adafocal.report.comparison import verdict
@@ -58,8 +58,9 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
     with args.main_process_first(desc="reading the data"):
         prepared = task.prepare(args.seed)
     splits = prepared.splits
-    check = check_splits(
-        {role: getattr(splits, role) for role in ("train", "calibration", "test")},
+    train, check = drop_overlap(
+        splits.train,
+        {"calibration": splits.calibration, "test": splits.test},
         args.split_overlap,
         blank_tokens=getattr(prepared.processing_class, "all_special_ids", ()),
     )
@@ -67,7 +68,7 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
     trainer = AdaFocalTrainer(
         prepared.model_init(),
         args,
-        train_dataset=splits.train,
+        train_dataset=train,
         calibration_dataset=splits.calibration,
         processing_class=prepared.processing_class,
         data_collator=prepared.data_collator,
@@ -94,8 +95,8 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
             if "smoothing" in entry
         ],
         "splits": {
-            role: {"size": len(getattr(splits, role)), "hash": None if found is None else found.hash}
-            for role, found in check.fingerprints.items()
+            role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
+            for role, part in (("train", train), ("calibration", splits.calibration), ("test", splits.test))
         },
         "held_out": {"gamma": "calibration", "scaling": "calibration", "report": "test"},
         "overlap": {"policy": args.split_overlap, "rows": check.overlap},

@@ -13,8 +13,9 @@ from PIL import Image as PILImage
 from torch.utils.data import Subset
 from transformers import DefaultDataCollator
 
+from hf_adafocal.data.fingerprint import fingerprint
 from hf_adafocal.data.loading import Splits, encode_texts, load_splits
-from hf_adafocal.data.overlap import check_splits, fingerprint, without_overlap
+from hf_adafocal.data.overlap import check_splits, drop_overlap, without_overlap
 from hf_adafocal.models import train_word_level_tokenizer
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import Prepared, TextTask
@@ -258,6 +259,102 @@ class TestWithoutOverlap:
         with pytest.raises(ValueError, match="All 2 rows stand in the held-out sets too"):
             without_overlap(texts("a", "b"), texts("b", "a"))
 
+    def test_the_remedy_that_the_guard_advises_satisfies_the_guard(self):
+        train = [{"input_ids": [index], "text": f"Text {index}", "label": 0} for index in range(6)]
+        calibration = [{"input_ids": [index], "text": f"text {index}", "label": 0} for index in range(4, 9)]
+        columns = ["input_ids", "attention_mask", "labels", "label"]  # the model's; `text` differs and does not count
+        with pytest.raises(ValueError, match=r"without_overlap\(train, calibration, columns=\['input_ids'\]\)"):
+            check_splits({"train": train, "calibration": calibration}, columns=columns)
+        left = without_overlap(train, calibration, columns=["input_ids"])
+        assert len(left) == 4
+        assert check_splits({"train": left, "calibration": calibration}, columns=columns).overlap == {
+            "calibration in train": 0
+        }
+
+    def test_columns_that_one_of_the_sets_lacks_hide_nothing(self):
+        one, other = [{"input_ids": [1], "row": 0}, {"input_ids": [2], "row": 1}], [{"input_ids": [1]}]
+        assert [row["row"] for row in without_overlap(one, other)] == [1]
+        with pytest.raises(ValueError, match="1 of 1 test rows"):
+            check_splits({"train": one, "test": other})
+
+    def test_sets_without_a_common_input_cannot_be_compared(self, warnings):
+        check_splits({"train": texts("a"), "test": [{"input_ids": [1]}]})
+        assert "cannot be checked for train: no model input is among ['label', 'text']" in warnings.text
+
+
+class TestMultipleChoice:
+    """Rows of nested token lists, one list per option, of different lengths."""
+
+    rows = [{"input_ids": [[2, 5 + index], [2, 5, 6 + index]], "label": 0} for index in range(4)]
+
+    @pytest.mark.parametrize("kind", [list, Dataset.from_list])
+    def test_ragged_rows_are_hashed_and_compared_like_any_row(self, kind):
+        with pytest.raises(ValueError, match="2 of 3 calibration rows"):
+            check_splits({"train": kind(self.rows), "calibration": kind([*self.rows[:2], {"input_ids": [[2], [9]]}])})
+        left = without_overlap(kind(self.rows), kind(self.rows[:3]), blank_tokens=[2])
+        assert [row["input_ids"] for row in left] == [self.rows[3]["input_ids"]]
+
+    def test_tensors_and_lists_hash_the_same(self):
+        tensors = [{"input_ids": [torch.tensor(option) for option in row["input_ids"]]} for row in self.rows]
+        assert fingerprint(tensors).hash == fingerprint(self.rows).hash
+
+    def test_options_without_a_real_token_are_blank(self):
+        found = fingerprint([{"input_ids": [[2], [2, 2], []]}, {"input_ids": [[2], [2, 7]]}], blank_tokens=[2])
+        assert found.blank.tolist() == [True, False]
+
+
+class TestDropOverlap:
+    def sets(self):
+        return texts("a", "b", "b", "c", "d"), {"calibration": texts("b", "x"), "test": texts("c", "y")}
+
+    def test_training_rows_of_any_held_out_set_go_with_one_line_that_counts_them(self, warnings):
+        train, held_out = self.sets()
+        kept, found = drop_overlap(train, held_out)
+        assert list(kept["text"]) == ["a", "d"] and len(train) == 5
+        assert warnings.text.count("Dropped 3 of 5 training rows whose inputs stand in a held-out set") == 1
+        assert found.dropped == 3 and set(found.overlap.values()) == {0}
+        assert found.fingerprints["train"].hash == fingerprint(kept).hash
+
+    def test_rows_that_calibration_and_test_share_stay_an_error(self):
+        train, held_out = self.sets()
+        with pytest.raises(
+            ValueError, match=r"1 of 2 test rows .* a calibration row.*without_overlap\(calibration, test"
+        ):
+            drop_overlap(train, {**held_out, "test": texts("x", "y")})
+
+    def test_further_evaluation_sets_may_repeat_the_calibration_set(self):
+        train, held_out = self.sets()
+        kept, _ = drop_overlap(train, {**held_out, "validation": texts("b", "x", "d")})
+        assert list(kept["text"]) == ["a"]
+
+    def test_a_set_without_copies_is_returned_as_it_is_and_nothing_is_said(self, warnings):
+        train, _ = self.sets()
+        kept, found = drop_overlap(train, {"calibration": texts("x")})
+        assert kept is train and found.dropped == 0 and not warnings.text
+
+    def test_the_other_policies_keep_the_rows(self, warnings):
+        train, held_out = self.sets()
+        with pytest.raises(ValueError, match="1 of 2 calibration rows .* a train row"):
+            drop_overlap(train, held_out, "error")
+        kept, found = drop_overlap(train, held_out, "warn")
+        assert (
+            kept is train
+            and found.overlap["calibration in train"] == 1
+            and "which split_overlap='warn'" in warnings.text
+        )
+        unread = Rows(lambda index: pytest.fail("a row was read"), 3)
+        assert drop_overlap(unread, {"calibration": unread}, "skip")[0] is unread
+
+    def test_a_streamed_training_set_gives_one_warning_and_stays(self, warnings):
+        streamed = IterableDataset.from_generator(lambda: iter([{"text": "a"}]))
+        kept, found = drop_overlap(streamed, {"calibration": texts("a"), "test": texts("b")})
+        assert kept is streamed and found.overlap == {"test in calibration": 0}
+        assert warnings.text.count("cannot be checked for train") == 1
+
+    def test_an_unknown_policy_is_an_error(self):
+        with pytest.raises(ValueError, match="one of drop, error, warn, skip; found 'remove'"):
+            drop_overlap(*self.sets(), "remove")
+
 
 class TestLoadSplits:
     def save(self, folder, **splits) -> str:
@@ -332,7 +429,7 @@ class TestTrainer:
         assert ("60 of 60 calibration rows" in warnings.text) is says
 
     def test_an_unknown_policy_is_an_error(self, tmp_path):
-        with pytest.raises(ValueError, match="split_overlap must be one of error, warn, skip; found 'no'"):
+        with pytest.raises(ValueError, match="split_overlap must be one of drop, error, warn, skip; found 'no'"):
             tiny.arguments(tmp_path, split_overlap="no")
 
     def test_losses_without_gamma_are_not_held_up(self, tmp_path):

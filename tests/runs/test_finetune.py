@@ -156,7 +156,9 @@ class TestFinetune:
 
     def test_a_text_model_is_trained_from_scratch_with_a_tokenizer_of_its_own(self, tmp_path):
         line = ["--dataset", newsgroups(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), *QUICK[:4]]
-        report = finetune(*parse_arguments(TextTask, [*line, "--num_train_epochs", "8"]))
+        report = finetune(
+            *parse_arguments(TextTask, [*line, "--num_train_epochs", "15", "--per_device_train_batch_size", "8"])
+        )
         assert sizes(report) == {"train": 64, "calibration": 8, "test": 18}
         assert report["test"]["raw"]["accuracy"] > 0.6
         classify = pipeline("text-classification", model=str(tmp_path / "run"))
