@@ -29,7 +29,7 @@ def report(loss: dict, ece: float, scaled: float, accuracy: float) -> dict:
 
 
 CROSS_ENTROPY, PAPER = {"name": "cross_entropy"}, {"name": "adafocal", "num_bins": 15}
-ONE_GAMMA, SMOOTHING = {"name": "adafocal", "num_bins": 1}, {"name": "adaptive_label_smoothing"}
+SMOOTHING = {"name": "adaptive_label_smoothing"}
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def folder(tmp_path):
     for seed, (ece, ours) in enumerate(((0.30, 0.04), (0.32, 0.05), (0.34, 0.06))):
         for name, content in (
             ("cross_entropy", report(CROSS_ENTROPY, ece, 0.03, 0.5)),
-            ("temperature", report(ONE_GAMMA, ours, 0.04, 0.48)),
+            ("adaptive_smoothing", report(SMOOTHING, ours, 0.04, 0.48)),
         ):
             path = tmp_path / "cnn_10" / f"{name}-{seed}" / "report.json"
             path.parent.mkdir(parents=True)
@@ -52,16 +52,16 @@ def cells(line: str) -> list[str]:
 class TestTables:
     def test_the_summary_has_the_means_and_leaves_out_what_was_not_run(self, study, folder):
         head, _, line = study.summary(
-            folder, ["cnn_10"], ["cross_entropy", "temperature", "paper"], SEEDS
+            folder, ["cnn_10"], ["cross_entropy", "adaptive_smoothing", "paper"], SEEDS
         ).splitlines()
-        assert cells(head) == ["setting", "cross_entropy + T", "cross_entropy", "temperature", "paper"]
+        assert cells(head) == ["setting", "cross_entropy + T", "cross_entropy", "adaptive_smoothing", "paper"]
         assert cells(line) == ["cnn_10", "3.0 (50.0)", "32.0 (50.0)", "5.0 (48.0)", ""]
 
     def test_differences_are_those_of_runs_of_one_seed(self, study, folder):
-        *_, line = study.differences(folder, ["cnn_10"], ["cross_entropy", "temperature"], SEEDS).splitlines()
+        *_, line = study.differences(folder, ["cnn_10"], ["cross_entropy", "adaptive_smoothing"], SEEDS).splitlines()
         # 4 - 30, 5 - 32, 6 - 34: -26, -27, -28; a standard error of 1 / sqrt 3, t(2) = 4.303
         assert cells(line) == [
-            "cnn_10", "temperature", "-27.00 points (-29.48 to -24.52)", "+2.00 points (-0.48 to +4.48, noise)",
+            "cnn_10", "adaptive_smoothing", "-27.00 points (-29.48 to -24.52)", "+2.00 points (-0.48 to +4.48, noise)",
             "-2.00 points (-2.00 to -2.00)",
         ]  # fmt: skip
 
@@ -74,10 +74,9 @@ class TestTables:
 
 
 class TestExtraCompute:
-    def test_a_look_is_a_forward_pass_a_third_of_a_step(self, study):
-        # 940 steps; 5 % of 3 x 940 x 32 passes are 4,512, which just do not hold 20 looks of a 20th, 225 samples each
-        for loss in (ONE_GAMMA, SMOOTHING):
-            assert study.extra_compute(report(loss, 0, 0, 0)) == pytest.approx(19 * 225 / (3 * 30000))
+    def test_an_update_costs_forward_passes_of_a_third_of_a_step(self, study):
+        # 940 steps; 5 % of 3 x 940 x 32 passes are 4,512, too few for 20 updates on a 20th (225 samples)
+        assert study.extra_compute(report(SMOOTHING, 0, 0, 0)) == pytest.approx(19 * 225 / (3 * 30000))
 
     def test_the_papers_rule_needs_the_whole_set_each_epoch(self, study):
         assert study.extra_compute(report(PAPER, 0, 0, 0)) == pytest.approx(1131 / (3 * 3000))
