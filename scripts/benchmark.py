@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, StackDataset
 
-from hf_adafocal.losses.modules import LOSSES
+from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES
 from hf_adafocal.metrics import scores as metrics
 
 SHAPES = ((128, 10), (4096, 20), (4096, 1000), (512, 32000))
@@ -50,7 +50,7 @@ VIT = {
 def candidates(device: str) -> dict[str, Callable]:
     """Losses by name, the baseline first; AdaFocal with the uneven table of a trained run."""
     losses: dict[str, Callable] = {BASELINE: F.cross_entropy}
-    losses |= {name: loss().to(device) for name, loss in LOSSES.items()}
+    losses |= {name: loss().to(device) for name, loss in PER_SAMPLE_LOSSES.items()}
     losses["adafocal"].set_table(torch.linspace(0, 1, 16) ** 0.5, torch.linspace(-2, 4, 15))
     try:
         from kornia.losses import focal_loss

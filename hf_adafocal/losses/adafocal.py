@@ -8,10 +8,10 @@ from torch import Tensor
 
 from hf_adafocal.losses import functional
 from hf_adafocal.losses import gamma_table as gamma
-from hf_adafocal.losses.base import FocalFamilyLoss
+from hf_adafocal.losses.base import AdaptiveLoss, FocalFamilyLoss, table_numbers
 
 
-class AdaFocalLoss(FocalFamilyLoss):
+class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
     """AdaFocal: focal loss whose gamma depends on the label's probability and follows the calibration gap.
 
     The table starts with bins of one width and one gamma; `update` moves it after each look at held-out data.
@@ -37,7 +37,7 @@ class AdaFocalLoss(FocalFamilyLoss):
 
     edges: Tensor
     gammas: Tensor
-    steering_gain = 120.0  # of the temperature rule, over a run, per unit of log T
+    follows = "bins"
 
     def __init__(
         self,
@@ -58,7 +58,7 @@ class AdaFocalLoss(FocalFamilyLoss):
                 f"gamma_initial must lie in [{gamma_min}, {gamma_max}] (gamma_min, gamma_max), found {gamma_initial}."
             )
         self.num_bins, self.gamma_initial = num_bins, gamma_initial
-        self.rule = {"lambda_": lambda_, "switch": switch, "gamma_min": gamma_min, "gamma_max": gamma_max}
+        self.update_settings = {"lambda_": lambda_, "switch": switch, "gamma_min": gamma_min, "gamma_max": gamma_max}
         self.register_buffer("edges", torch.empty(num_bins + 1))
         self.register_buffer("gammas", torch.empty(num_bins))
         self.reset()
@@ -95,13 +95,10 @@ class AdaFocalLoss(FocalFamilyLoss):
         """
         self.update(statistics.edges, statistics.gap)
 
-    def steer(self, change: float) -> None:
-        """Add `change` to every gamma, within the limits: the temperature rule, which is ours (see `steering`)."""
-        self.gammas.add_(change).clamp_(self.rule["gamma_min"], self.rule["gamma_max"])
-
     def readings(self) -> dict[str, float]:
-        """What a log shows: the gamma of each bin."""
-        return {f"gamma_{index:02d}": value for index, value in enumerate(self.gammas.tolist())}
+        """Summarise the gammas for a log: `gamma_min`, `gamma_mean` and `gamma_max` over the bins."""
+        gammas = self.gammas.tolist()
+        return {"gamma_min": min(gammas), "gamma_mean": sum(gammas) / len(gammas), "gamma_max": max(gammas)}
 
     def table(self) -> dict[str, list]:
         """The table as plain lists, by the names of `set_table`'s arguments."""
@@ -117,26 +114,20 @@ class AdaFocalLoss(FocalFamilyLoss):
         Raises:
             ValueError: If a shape does not fit, a number is not finite, or edges do not ascend.
         """
-        new = {"edges": torch.as_tensor(edges), "gammas": torch.as_tensor(gammas)}
-        for name, values in new.items():
-            expected = getattr(self, name).shape
-            if values.shape != expected or not torch.isfinite(values).all():
-                raise ValueError(
-                    f"{name} must be {expected.numel()} finite numbers for {self.num_bins} bins, "
-                    f"found {values.tolist()}."
-                )
-        if (new["edges"].diff() < 0).any():
-            raise ValueError(f"edges must ascend, found {new['edges'].tolist()}.")
-        self.edges.copy_(new["edges"])
-        self.gammas.copy_(new["gammas"])
+        edges = table_numbers("edges", edges, (self.num_bins + 1,), self.edges)
+        gammas = table_numbers("gammas", gammas, (self.num_bins,), self.gammas)
+        if (edges.diff() < 0).any():
+            raise ValueError(f"edges must ascend, found {edges.tolist()}.")
+        self.edges.copy_(edges)
+        self.gammas.copy_(gammas)
 
     def _moved(self, gammas: Tensor, gap: Any) -> Tensor:
         gap = torch.as_tensor(gap, dtype=gammas.dtype, device=gammas.device)
-        return gamma.update(gammas, gap, **self.rule)
+        return gamma.update(gammas, gap, **self.update_settings)
 
     def extra_repr(self) -> str:
         """Show the settings when printed."""
-        settings = {"num_bins": self.num_bins, "gamma_initial": self.gamma_initial, **self.rule}
+        settings = {"num_bins": self.num_bins, "gamma_initial": self.gamma_initial, **self.update_settings}
         return ", ".join(f"{name}={value}" for name, value in settings.items())
 
 
@@ -181,6 +172,7 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
         ValueError: As `AdaFocalLoss`, or if `prior` is not above 0.
     """
 
+    needs_class_statistics = True
     class_gammas: Tensor
     class_counts: Tensor
 

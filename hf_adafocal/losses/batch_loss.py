@@ -4,12 +4,11 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from hf_adafocal.losses import batch_terms as auxiliary
-from hf_adafocal.losses.adafocal import AdaFocalLoss
-from hf_adafocal.losses.base import ClassificationLoss
-from hf_adafocal.losses.modules import AdaptiveLabelSmoothingLoss, CrossEntropyLoss
+from hf_adafocal.losses.base import AdaptiveLoss, ClassificationLoss, PerSampleLoss
+from hf_adafocal.losses.modules import CrossEntropyLoss
 
 
 class Term(NamedTuple):
@@ -40,7 +39,7 @@ TERMS = {
 }
 
 
-class CombinedLoss(nn.Module):
+class CombinedLoss(ClassificationLoss):
     """A loss of single samples plus a weighted term of the batch: `base + auxiliary_weight * term`.
 
     "aurc", "aurc_regularised" and "selective_au" are losses themselves and take a share of the base instead:
@@ -60,7 +59,7 @@ class CombinedLoss(nn.Module):
     Args:
         term: Which term, a name in `TERMS`.
         base: The loss of single samples, cross-entropy if left out. With an `AdaFocalLoss` its table moves as it
-            does alone (`adaptive_part`). Class weights belong here. It must have reduction "mean".
+            does alone. Class weights belong here. It must have reduction "mean".
         auxiliary_weight: Weight of the term; the authors' if left out.
         weight: Class weights make no sense for a term: an error. Give them to the base.
         ignore_index: Label of samples that do not count; that of the base if left out.
@@ -80,12 +79,13 @@ class CombinedLoss(nn.Module):
     tensor(1.6931)
     """
 
+    takes_weights = False
     seen: Tensor | None
 
     def __init__(
         self,
         term: str,
-        base: ClassificationLoss | None = None,
+        base: PerSampleLoss | None = None,
         *,
         auxiliary_weight: float | None = None,
         weight: Tensor | None = None,
@@ -106,9 +106,27 @@ class CombinedLoss(nn.Module):
             base = CrossEntropyLoss(ignore_index=-100 if ignore_index is None else ignore_index)
         _check_weights(term, base, self.auxiliary_weight, self.base_weight)
         _check_base(base, ignore_index)
-        self.base, self.ignore_index = base, base.ignore_index
+        self.base = base
         running = term == "selective_au"
         self.register_buffer("seen", torch.zeros(settings.get("num_bins", 64)) if running else None)
+
+    @property
+    def ignore_index(self) -> int:
+        """Label of samples that contribute nothing: the base's."""
+        return self.base.ignore_index
+
+    @ignore_index.setter
+    def ignore_index(self, value: int) -> None:
+        self.base.ignore_index = value
+
+    @property
+    def adaptive(self) -> AdaptiveLoss | None:
+        """The base if its settings follow held-out data, else None."""
+        return self.base.adaptive
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Number of labels that count, or the sum of the base's class weights over them."""
+        return self.base.count(labels)
 
     def forward(self, logits: Tensor | Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Loss in nats.
@@ -150,20 +168,6 @@ class CombinedLoss(nn.Module):
         return ", ".join([repr(self.term), *(f"{name}={value}" for name, value in settings.items())])
 
 
-def adaptive_part(loss: Any) -> AdaFocalLoss | AdaptiveLabelSmoothingLoss | None:
-    """What a callback is to move: the loss itself, or the base of a combined one.
-
-    Args:
-        loss: Any loss.
-
-    Returns:
-        None if nothing in it adapts.
-    """
-    if isinstance(loss, CombinedLoss):
-        loss = loss.base
-    return loss if isinstance(loss, AdaFocalLoss | AdaptiveLabelSmoothingLoss) else None
-
-
 def _check_arguments(term: str, weight: Tensor | None, reduction: str) -> None:
     if weight is not None:
         raise ValueError(
@@ -177,7 +181,7 @@ def _check_arguments(term: str, weight: Tensor | None, reduction: str) -> None:
         )
 
 
-def _check_weights(term: str, base: ClassificationLoss, auxiliary_weight: float, base_weight: float) -> None:
+def _check_weights(term: str, base: PerSampleLoss, auxiliary_weight: float, base_weight: float) -> None:
     if not (auxiliary_weight >= 0 and base_weight >= 0 and auxiliary_weight < float("inf")):
         limits = "lie in [0, 1]" if base_weight != 1 else "be a finite number from 0"
         raise ValueError(f"auxiliary_weight of {term!r} must {limits}, found {auxiliary_weight}.")
@@ -188,8 +192,8 @@ def _check_weights(term: str, base: ClassificationLoss, auxiliary_weight: float,
         )
 
 
-def _check_base(base: ClassificationLoss, ignore_index: int | None) -> None:
-    if not isinstance(base, ClassificationLoss):
+def _check_base(base: PerSampleLoss, ignore_index: int | None) -> None:
+    if not isinstance(base, PerSampleLoss):
         raise ValueError(f"base must be a loss of single samples of this package, found {type(base).__name__}.")
     if base.reduction != "mean":
         raise ValueError(f"The base must have reduction 'mean', found {base.reduction!r}; set it on CombinedLoss.")

@@ -5,8 +5,7 @@ from torch import Tensor
 
 from hf_adafocal.losses import functional
 from hf_adafocal.losses import gamma_table as gamma
-from hf_adafocal.losses.adafocal import AdaDualFocalLoss, AdaFocalLoss, ClasswiseAdaFocalLoss
-from hf_adafocal.losses.base import ClassificationLoss, FocalFamilyLoss
+from hf_adafocal.losses.base import AdaptiveLoss, FocalFamilyLoss, PerSampleLoss
 
 
 class CrossEntropyLoss(FocalFamilyLoss):
@@ -51,7 +50,7 @@ class InverseFocalLoss(FocalFamilyLoss):
 
     Args:
         gamma: As in the formula, so not negative; the default is that for ResNet-50 on CIFAR-10 and CIFAR-100.
-        **kwargs: `weight`, `ignore_index` and `reduction` of `ClassificationLoss`.
+        **kwargs: `weight`, `ignore_index` and `reduction` of `PerSampleLoss`.
 
     Raises:
         ValueError: If `gamma` is negative or not finite.
@@ -87,7 +86,7 @@ class DualFocalLoss(FocalFamilyLoss):
 
     Args:
         gamma: Focusing exponent, no unit; below 0 the inverse form.
-        **kwargs: `weight`, `ignore_index` and `reduction` of `ClassificationLoss`.
+        **kwargs: `weight`, `ignore_index` and `reduction` of `PerSampleLoss`.
 
     Source: Tao et al. 2023, arXiv 2305.13665.
     """
@@ -121,7 +120,7 @@ class FLSD53Loss(FocalFamilyLoss):
         return gamma.lookup(p, self.edges, self.gammas)
 
 
-class LabelSmoothingLoss(ClassificationLoss):
+class LabelSmoothingLoss(PerSampleLoss):
     """Label smoothing as PyTorch means it: the label's target is `1 - eps + eps / C`, the others' `eps / C`.
 
     Errata: in MDCA's code the label's target is `1 - alpha` and the others' `alpha / (C - 1)`, which is eps
@@ -131,7 +130,7 @@ class LabelSmoothingLoss(ClassificationLoss):
     Args:
         smoothing: eps, in [-0.1, 0.5]; below 0 it sharpens. The default is the one of Mukhoti et al. and of AdaFocal's
             tables; Szegedy et al. took 0.1.
-        **kwargs: `weight` (as in PyTorch), `ignore_index` and `reduction` of `ClassificationLoss`.
+        **kwargs: `weight` (as in PyTorch), `ignore_index` and `reduction` of `PerSampleLoss`.
 
     Attributes:
         smoothing: eps, a scalar buffer, so that a compiled loss sees a change; `set_smoothing` changes it.
@@ -167,8 +166,8 @@ class LabelSmoothingLoss(ClassificationLoss):
         return f"smoothing={self.smoothing.item():.4g}"
 
 
-class AdaptiveLabelSmoothingLoss(LabelSmoothingLoss):
-    """Ours, not a paper's: label smoothing whose eps is steered as the temperature rule steers AdaFocal's gamma.
+class AdaptiveLabelSmoothingLoss(AdaptiveLoss, LabelSmoothingLoss):
+    """Ours, not a paper's: label smoothing whose eps follows the temperature that fits held-out data.
 
     Args:
         smoothing: eps before the first update, in [-0.1, 0.5].
@@ -181,6 +180,7 @@ class AdaptiveLabelSmoothingLoss(LabelSmoothingLoss):
         ValueError: If `smoothing` is out of range.
     """
 
+    follows = "temperature"
     steering_gain = 2.0  # over a run, per unit of log T
 
     def __init__(self, smoothing: float = 0.0, **kwargs) -> None:
@@ -214,7 +214,7 @@ class AdaptiveLabelSmoothingLoss(LabelSmoothingLoss):
         return self.table()
 
 
-class BrierLoss(ClassificationLoss):
+class BrierLoss(PerSampleLoss):
     """The Brier score of the softmax, summed over classes.
 
     Errata: the class of Mukhoti et al.'s code needs a GPU (`get_device()` is -1 on the CPU) and takes the softmax over
@@ -228,7 +228,7 @@ class BrierLoss(ClassificationLoss):
         return functional.brier_loss(logits, labels, **options)
 
 
-class ConfidencePenaltyLoss(ClassificationLoss):
+class ConfidencePenaltyLoss(PerSampleLoss):
     """Cross-entropy minus `penalty` times the entropy of the prediction.
 
     Errata: no code of the authors. netcal's `ConfidencePenalty` module adds the entropy instead (its function
@@ -236,7 +236,7 @@ class ConfidencePenaltyLoss(ClassificationLoss):
 
     Args:
         penalty: The paper's beta; the default is its value for CIFAR-10, other tasks there took up to 2.
-        **kwargs: `weight`, `ignore_index` and `reduction` of `ClassificationLoss`.
+        **kwargs: `weight`, `ignore_index` and `reduction` of `PerSampleLoss`.
 
     Raises:
         ValueError: If `penalty` is negative or not finite.
@@ -256,19 +256,3 @@ class ConfidencePenaltyLoss(ClassificationLoss):
     def extra_repr(self) -> str:
         """Show the penalty when printed."""
         return f"penalty={self.penalty}"
-
-
-LOSSES: dict[str, type[ClassificationLoss]] = {
-    "cross_entropy": CrossEntropyLoss,
-    "focal": FocalLoss,
-    "flsd_53": FLSD53Loss,
-    "adafocal": AdaFocalLoss,
-    "label_smoothing": LabelSmoothingLoss,
-    "adaptive_label_smoothing": AdaptiveLabelSmoothingLoss,
-    "brier": BrierLoss,
-    "dual_focal": DualFocalLoss,
-    "inverse_focal": InverseFocalLoss,
-    "confidence_penalty": ConfidencePenaltyLoss,
-    "ada_dual_focal": AdaDualFocalLoss,
-    "classwise_adafocal": ClasswiseAdaFocalLoss,
-}

@@ -6,29 +6,46 @@ from typing import Any
 
 from torch import nn
 
+from hf_adafocal.losses import modules
+from hf_adafocal.losses.adafocal import AdaDualFocalLoss, AdaFocalLoss, ClasswiseAdaFocalLoss
+from hf_adafocal.losses.base import ClassificationLoss, PerSampleLoss
 from hf_adafocal.losses.batch_loss import TERMS, CombinedLoss
-from hf_adafocal.losses.modules import LOSSES as SAMPLE_LOSSES
 
-# Names of `SAMPLE_LOSSES` are losses of single samples; the others look at a whole batch and have a base among them.
-LOSSES: dict[str, Callable[..., nn.Module]] = {
-    **SAMPLE_LOSSES,
+PER_SAMPLE_LOSSES: dict[str, type[PerSampleLoss]] = {
+    "cross_entropy": modules.CrossEntropyLoss,
+    "focal": modules.FocalLoss,
+    "flsd_53": modules.FLSD53Loss,
+    "adafocal": AdaFocalLoss,
+    "label_smoothing": modules.LabelSmoothingLoss,
+    "adaptive_label_smoothing": modules.AdaptiveLabelSmoothingLoss,
+    "brier": modules.BrierLoss,
+    "dual_focal": modules.DualFocalLoss,
+    "inverse_focal": modules.InverseFocalLoss,
+    "confidence_penalty": modules.ConfidencePenaltyLoss,
+    "ada_dual_focal": AdaDualFocalLoss,
+    "classwise_adafocal": ClasswiseAdaFocalLoss,
+}
+
+# All losses: those that sum over samples, and those with a term of the whole batch, which have one of them as base.
+LOSSES: dict[str, Callable[..., ClassificationLoss]] = {
+    **PER_SAMPLE_LOSSES,
     **{name: partial(CombinedLoss, name) for name in TERMS},
 }
 
 
-def build_loss(name: str, base: dict[str, Any] | None = None, **settings: Any) -> nn.Module:
-    """A loss from its name and settings.
+def build_loss(name: str, base: dict[str, Any] | None = None, **settings: Any) -> ClassificationLoss:
+    """Build a loss from its name and settings.
 
     Args:
         name: A name in `LOSSES`.
-        base: For a loss that looks at a whole batch: the `name` of its base and the base's settings.
+        base: For a loss with a term of the whole batch: the `name` of its base and the base's settings.
         **settings: Arguments of the loss, by the names of its constructor.
 
     Returns:
         The loss, freshly initialised.
 
     Raises:
-        ValueError: If a name is unknown, a setting out of range, or a loss of single samples gets a base.
+        ValueError: If a name is unknown, a setting out of range, or a loss that sums over samples gets a base.
 
     >>> build_loss("mmce", base={"name": "focal", "gamma": 2.0}, auxiliary_weight=3.0)
     CombinedLoss(
@@ -42,8 +59,8 @@ def build_loss(name: str, base: dict[str, Any] | None = None, **settings: Any) -
         return LOSSES[name](**settings)
     if name not in TERMS:
         raise ValueError(f"{name!r} is a loss of single samples and takes no base, found {base}.")
-    if base.get("name") not in SAMPLE_LOSSES:
-        raise ValueError(f"The base must be one of {', '.join(SAMPLE_LOSSES)}; found {base.get('name')!r}.")
+    if base.get("name") not in PER_SAMPLE_LOSSES:
+        raise ValueError(f"The base must be one of {', '.join(PER_SAMPLE_LOSSES)}; found {base.get('name')!r}.")
     return LOSSES[name](build_loss(**base), **settings)
 
 
@@ -55,4 +72,4 @@ def name_of(loss: nn.Module) -> str:
     """
     if isinstance(loss, CombinedLoss):
         return loss.term
-    return next((name for name, kind in SAMPLE_LOSSES.items() if kind is type(loss)), type(loss).__name__)
+    return next((name for name, kind in PER_SAMPLE_LOSSES.items() if kind is type(loss)), type(loss).__name__)

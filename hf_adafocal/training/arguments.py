@@ -8,10 +8,8 @@ from transformers import TrainingArguments
 from transformers.trainer_utils import IntervalStrategy
 
 from hf_adafocal.data.overlap import POLICIES
-from hf_adafocal.losses.adafocal import AdaFocalLoss, ClasswiseAdaFocalLoss
 from hf_adafocal.losses.batch_loss import TERMS
-from hf_adafocal.losses.modules import AdaptiveLabelSmoothingLoss
-from hf_adafocal.losses.registry import LOSSES, SAMPLE_LOSSES, build_loss
+from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES, build_loss
 
 UPDATE_RULES = ("paper", "temperature")
 DEFAULT_LOSS = "adaptive_label_smoothing"  # the one that the study of short runs found to cost no accuracy
@@ -22,9 +20,8 @@ class AdaFocalTrainingArguments(TrainingArguments):
     """`TrainingArguments` plus the loss, its settings and the calibration split.
 
     With nothing said, the loss is label smoothing steered by the temperature of the calibration set, which is ours.
-    `update_rule="paper"` is AdaFocal as its paper has it, `update_rule="temperature"` AdaFocal with one gamma steered
-    our way. By the paper's rule gamma moves once per evaluation, so `eval_strategy` is "epoch" unless you choose
-    otherwise.
+    `update_rule="paper"` is AdaFocal as its paper has it. By the paper's rule gamma moves once per evaluation, so
+    `eval_strategy` is "epoch" unless you choose otherwise.
 
     Attributes:
         loss_by_default: Nothing was said of the loss.
@@ -47,9 +44,8 @@ class AdaFocalTrainingArguments(TrainingArguments):
     update_rule: str | None = field(
         default=None,
         metadata={
-            "help": "What moves AdaFocal's gamma. paper (if left out): the gap of each bin, once an evaluation. "
-            "temperature (ours): one gamma for all, some ten times a run, by the temperature of a slice of the "
-            "calibration set.",
+            "help": "What moves the loss. paper (AdaFocal): the gap of each bin, once an evaluation. temperature "
+            "(adaptive_label_smoothing): the temperature of a slice of the calibration set, some ten times a run.",
             "choices": list(UPDATE_RULES),
         },
     )
@@ -64,13 +60,13 @@ class AdaFocalTrainingArguments(TrainingArguments):
     steering_gain: float | None = field(
         default=None,
         metadata={
-            "help": "What the temperature rule moves over a run per unit of log T: 120 for gamma and 2 for the eps of "
-            "adaptive_label_smoothing if left out, 0 for nothing."
+            "help": "Change of the eps of adaptive_label_smoothing over a run per unit of log T: 2 if left out, 0 for "
+            "none."
         },
     )
     gamma_initial: float | None = field(
         default=None,
-        metadata={"help": "AdaFocal's gamma before the first update: 1 by the paper's rule, else 0, if left out."},
+        metadata={"help": "AdaFocal's gamma before the first update: 1 if left out."},
     )
     gamma_lambda: float = field(default=1.0, metadata={"help": "Step size of AdaFocal's update."})
     gamma_switch: float = field(default=0.2, metadata={"help": "Where AdaFocal switches to inverse focal (S_th)."})
@@ -96,7 +92,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
         default="cross_entropy",
         metadata={
             "help": "The loss of single samples that the term of a batch joins; it has its own arguments.",
-            "choices": list(SAMPLE_LOSSES),
+            "choices": list(PER_SAMPLE_LOSSES),
         },
     )
     calibration_fraction: float = field(
@@ -124,16 +120,16 @@ class AdaFocalTrainingArguments(TrainingArguments):
             self.loss = DEFAULT_LOSS if self.loss_by_default else "adafocal"
         if self.loss not in LOSSES:
             raise ValueError(f"loss must be one of {', '.join(LOSSES)}; found {self.loss!r}.")
-        if self.auxiliary_base not in SAMPLE_LOSSES:
+        if self.auxiliary_base not in PER_SAMPLE_LOSSES:
             raise ValueError(
-                f"auxiliary_base must be one of {', '.join(SAMPLE_LOSSES)}; found {self.auxiliary_base!r}."
+                f"auxiliary_base must be one of {', '.join(PER_SAMPLE_LOSSES)}; found {self.auxiliary_base!r}."
             )
         self._check_rule()
         if not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"calibration_fraction must lie in [0, 1), found {self.calibration_fraction}.")
         if self.split_overlap not in POLICIES:
             raise ValueError(f"split_overlap must be one of {', '.join(POLICIES)}; found {self.split_overlap!r}.")
-        refuse_streaming(self.streaming_calibration, SAMPLE_LOSSES[self._sample_loss])
+        refuse_streaming(self.streaming_calibration, PER_SAMPLE_LOSSES[self._sample_loss])
         super().__post_init__()
 
     @property
@@ -154,12 +150,10 @@ class AdaFocalTrainingArguments(TrainingArguments):
             "confidence_penalty": {"penalty": self.entropy_penalty},
             "classwise_adafocal": {"prior": self.class_prior},
         }.get(loss, {})
-        if issubclass(SAMPLE_LOSSES[loss], AdaFocalLoss):
-            one_gamma = self.rule == "temperature"
-            initial = 0.0 if one_gamma else 1.0
+        if getattr(PER_SAMPLE_LOSSES[loss], "follows", None) == "bins":
             settings |= {
-                "num_bins": 1 if one_gamma else self.num_bins,
-                "gamma_initial": initial if self.gamma_initial is None else self.gamma_initial,
+                "num_bins": self.num_bins,
+                "gamma_initial": 1.0 if self.gamma_initial is None else self.gamma_initial,
                 "lambda_": self.gamma_lambda,
                 "switch": self.gamma_switch,
                 "gamma_min": self.gamma_min,
@@ -178,17 +172,13 @@ class AdaFocalTrainingArguments(TrainingArguments):
     @property
     def rule(self) -> str | None:
         """The update rule of the loss: `update_rule`, or the one for this loss; None if nothing moves."""
-        loss_type = SAMPLE_LOSSES[self._sample_loss]
-        if issubclass(loss_type, AdaptiveLabelSmoothingLoss):
-            return "temperature"
-        if not issubclass(loss_type, AdaFocalLoss):
-            return None
-        return self.update_rule or "paper"
+        loss_type = PER_SAMPLE_LOSSES[self._sample_loss]
+        return {"temperature": "temperature", "bins": "paper"}.get(getattr(loss_type, "follows", None))
 
     def _check_rule(self) -> None:
         if self.update_rule not in (None, *UPDATE_RULES):
             raise ValueError(f"update_rule must be one of {', '.join(UPDATE_RULES)}; found {self.update_rule!r}.")
-        only = {"classwise_adafocal": "paper", "adaptive_label_smoothing": "temperature"}.get(self._sample_loss)
+        only = self.rule
         if only is not None and self.update_rule not in (None, only):
             raise ValueError(
                 f"{self._sample_loss} moves by the {only} rule alone, found update_rule={self.update_rule!r}. "
@@ -212,7 +202,7 @@ def refuse_streaming(streaming: bool, loss_type: type) -> None:
     Raises:
         ValueError: If the loss needs statistics of single classes.
     """
-    if streaming and issubclass(loss_type, ClasswiseAdaFocalLoss):
+    if streaming and getattr(loss_type, "needs_class_statistics", False):
         raise ValueError(
             "classwise_adafocal needs statistics of single classes, and streaming_calibration keeps one histogram for "
             "all of them. Set streaming_calibration=False (32 bytes a sample), or train with loss='adafocal'."

@@ -122,7 +122,9 @@ class TableCallback(SaveAfterEvaluation):
         self.updates += 1
         self._export(state)
         if self.log is not None:
-            self.log({**self.loss.readings(), **readings})
+            gammas = self.loss.table().get("gammas", ())
+            of_bins = {f"gamma_{index:02d}": gamma for index, gamma in enumerate(gammas)}
+            self.log({**(of_bins or self.loss.readings()), **readings})
 
     def _export(self, state) -> None:
         state.stateful_callbacks[STATE_KEY] = {**self.loss.table(), "updates": self.updates}

@@ -9,8 +9,6 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
-from hf_adafocal.losses.adafocal import AdaFocalLoss, ClasswiseAdaFocalLoss
-from hf_adafocal.losses.batch_loss import adaptive_part
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.preserved_state import evaluating, random_state_kept
 from hf_adafocal.training.evaluation import (
@@ -75,11 +73,11 @@ def calibrate(
             num_classes = logits.shape[-1]
             batches.append(counted_rows(_gathered(per_sample(logits, labels, ignore_index), accelerator).cpu()))
     rows = _checked(batches, ignore_index)
-    adaptive = adaptive_part(loss)
+    adaptive = getattr(loss, "adaptive", None)
     num_bins = getattr(adaptive, "num_bins", 15)
-    of_classes = num_classes if isinstance(adaptive, ClasswiseAdaFocalLoss) else None
+    of_classes = num_classes if getattr(adaptive, "needs_class_statistics", False) else None
     measured = Calibration(sample_metrics(rows, num_bins), equal_mass_statistics(rows, num_bins, of_classes))
-    if isinstance(adaptive, AdaFocalLoss):
+    if getattr(adaptive, "follows", None) == "bins":
         adaptive.update_from(measured.statistics)
     return measured
 

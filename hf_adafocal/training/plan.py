@@ -12,8 +12,6 @@ from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from hf_adafocal.data.overlap import check_splits, without_overlap
-from hf_adafocal.losses.adafocal import ClasswiseAdaFocalLoss
-from hf_adafocal.losses.modules import AdaptiveLabelSmoothingLoss
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -126,7 +124,7 @@ def choose_rule(args: TrainingArguments, loss: Any, calibration_dataset: Any) ->
 
     Args:
         args: Of the trainer.
-        loss: What moves, or None. AdaFocal keeps the paper's rule unless `update_rule` says otherwise.
+        loss: What moves, or None. AdaFocal moves by the paper's rule.
         calibration_dataset: The held-out data.
 
     Raises:
@@ -135,17 +133,15 @@ def choose_rule(args: TrainingArguments, loss: Any, calibration_dataset: Any) ->
     if loss is None:
         return None
     said = getattr(args, "update_rule", None)
-    only = "paper" if isinstance(loss, ClasswiseAdaFocalLoss) else None
-    only = "temperature" if isinstance(loss, AdaptiveLabelSmoothingLoss) else only
-    if only is not None and said not in (None, only):
+    only = "temperature" if loss.follows == "temperature" else "paper"
+    if said not in (None, only):
         raise ValueError(f"{type(loss).__name__} moves by the {only} rule alone; leave update_rule out.")
-    rule = only or said or "paper"
-    if rule == "temperature" and _is_stream(calibration_dataset):
+    if only == "temperature" and _is_stream(calibration_dataset):
         raise ValueError(
             "The temperature rule looks at slices of the calibration set, and this one is a stream. Pass a "
             "calibration set with a length and an index, or train with loss='adafocal' and update_rule='paper'."
         )
-    return rule
+    return only
 
 
 def _is_stream(dataset: Any) -> bool:

@@ -15,9 +15,8 @@ from transformers.trainer_utils import (
 )
 from transformers.utils import logging
 
-from hf_adafocal.losses.adafocal import ClasswiseAdaFocalLoss
-from hf_adafocal.losses.batch_loss import CombinedLoss, adaptive_part
-from hf_adafocal.losses.modules import AdaFocalLoss
+from hf_adafocal.losses.adafocal import AdaFocalLoss
+from hf_adafocal.losses.batch_loss import CombinedLoss
 from hf_adafocal.losses.registry import name_of
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.preserved_state import evaluating, random_state_kept
@@ -109,14 +108,14 @@ class AdaFocalTrainer(Trainer):
             train_dataset, calibration_dataset = carve(train_dataset, args)
         if eval_dataset is None:
             eval_dataset = calibration_dataset
-        adaptive = adaptive_part(loss)
+        adaptive = getattr(loss, "adaptive", None)
         refuse_streaming(getattr(args, "streaming_calibration", False), type(adaptive))
         if calibration_dataset is None and adaptive is not None:
             calibration_dataset = calibration_entry(eval_dataset)
         if builds_loss and args.loss_by_default and train_dataset is not None:
             settle_default(args, calibration_dataset)
             loss = args.build_loss()
-            adaptive = adaptive_part(loss)
+            adaptive = getattr(loss, "adaptive", None)
         self.update_rule = choose_rule(args, adaptive, calibration_dataset)
         if adaptive is not None and train_dataset is not None:
             check_calibration(calibration_dataset, args, self.update_rule, getattr(adaptive, "num_bins", 0))
@@ -228,7 +227,7 @@ class AdaFocalTrainer(Trainer):
         if trial is None or not self._builds_loss:
             return
         loss = self.args.build_loss()
-        if (adaptive_part(loss) is None) != (adaptive_part(self.loss) is None):
+        if (getattr(loss, "adaptive", None) is None) != (getattr(self.loss, "adaptive", None) is None):
             raise ValueError(
                 f"A trial cannot change the loss from or to 'adafocal', found {self.args.loss!r}: "
                 "search each of the two in a trainer of its own."
@@ -238,11 +237,11 @@ class AdaFocalTrainer(Trainer):
                 f"A trial cannot change the update rule from {self.update_rule!r}, found {self.args.rule!r}: search "
                 "each of the two in a trainer of its own."
             )
-        refuse_streaming(getattr(self.args, "streaming_calibration", False), type(adaptive_part(loss)))
+        refuse_streaming(getattr(self.args, "streaming_calibration", False), type(getattr(loss, "adaptive", None)))
         self.loss = loss.to(self.args.device)
         for callback in self.callback_handler.callbacks:
             if isinstance(callback, TableCallback):
-                callback.loss = adaptive_part(self.loss)
+                callback.loss = getattr(self.loss, "adaptive", None)
             if isinstance(callback, TemperatureCallback):
                 vars(callback).update(self._steering)
 
@@ -382,10 +381,10 @@ class AdaFocalTrainer(Trainer):
                 "There is no evaluation of the calibration set: it has not been evaluated yet, or its last evaluation "
                 "found no labelled sample. A stream must start anew each time it is iterated."
             )
-        adaptive = adaptive_part(self.loss)
+        adaptive = getattr(self.loss, "adaptive", None)
         return self._calibration_samples.statistics(
             getattr(adaptive, "num_bins", self._num_bins),
-            self._num_classes if isinstance(adaptive, ClasswiseAdaFocalLoss) else None,
+            self._num_classes if getattr(adaptive, "needs_class_statistics", False) else None,
         )
 
     def _temperature_sums(self, indices: np.ndarray) -> torch.Tensor:
@@ -428,7 +427,7 @@ class AdaFocalTrainer(Trainer):
         return {
             "test": {"raw": {**samples.metrics(self._num_bins), **counts}},
             "split": "evaluation",
-            "drove_gamma": adaptive_part(self.loss) is not None and samples is self._calibration_samples,
+            "drove_gamma": getattr(self.loss, "adaptive", None) is not None and samples is self._calibration_samples,
             "loss": {
                 "name": name_of(self.loss),
                 **(self.args.loss_settings if self._builds_loss else {}),

@@ -9,10 +9,10 @@ import torch
 from transformers import Trainer, TrainingArguments
 
 from hf_adafocal import AdaFocalCallback, AdaFocalTrainer, CombinedLoss
-from hf_adafocal.losses.batch_loss import TERMS, adaptive_part
+from hf_adafocal.losses import AdaDualFocalLoss, AdaFocalLoss, CrossEntropyLoss, FLSD53Loss, FocalLoss
+from hf_adafocal.losses.batch_loss import TERMS
 from hf_adafocal.losses.batch_terms import score_histogram, selective_au
-from hf_adafocal.losses.modules import AdaDualFocalLoss, AdaFocalLoss, CrossEntropyLoss, FLSD53Loss, FocalLoss
-from hf_adafocal.losses.registry import LOSSES, SAMPLE_LOSSES, build_loss
+from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES, build_loss
 
 EACH = pytest.mark.parametrize("term", TERMS)
 BASES = {
@@ -263,7 +263,7 @@ class TestAdaFocalAsBase:
         ]
         for run in runs:
             run.train()
-        gammas = [adaptive_part(run.loss).gammas for run in runs]
+        gammas = [run.loss.adaptive.gammas for run in runs]
         assert torch.equal(*gammas)
         for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
             assert torch.equal(ours, theirs)
@@ -282,18 +282,17 @@ class TestAdaFocalAsBase:
         )  # fmt: skip
         Trainer(
             tiny.bert(), args, train_dataset=tiny.token_dataset(16), eval_dataset=tiny.token_dataset(16),
-            compute_loss_func=loss, callbacks=[AdaFocalCallback(adaptive_part(loss), lambda: stats)],
+            compute_loss_func=loss, callbacks=[AdaFocalCallback(loss.adaptive, lambda: stats)],
         ).train()  # fmt: skip
         assert loss.base.gammas.tolist() == pytest.approx([math.exp(0.1), math.exp(-0.1)])
 
 
-class TestAdaptivePart:
+class TestAdaptive:
     def test_it_is_the_loss_itself_its_base_or_nothing(self):
-        loss, dual = AdaFocalLoss(), AdaDualFocalLoss()
-        assert adaptive_part(loss) is loss and adaptive_part(dual) is dual
-        assert adaptive_part(CombinedLoss("mmce", loss)) is loss
-        for other in (CombinedLoss("mmce"), FocalLoss(), torch.nn.CrossEntropyLoss(), None):
-            assert adaptive_part(other) is None
+        loss, dual, smoothing = AdaFocalLoss(), AdaDualFocalLoss(), LOSSES["adaptive_label_smoothing"]()
+        assert loss.adaptive is loss and dual.adaptive is dual and smoothing.adaptive is smoothing
+        assert CombinedLoss("mmce", loss).adaptive is loss
+        assert CombinedLoss("mmce").adaptive is None and FocalLoss().adaptive is None
 
 
 class TestErrors:
@@ -338,7 +337,7 @@ class TestErrors:
 
 class TestRegistry:
     def test_the_names_of_losses_of_a_batch_are_those_users_type(self):
-        assert set(LOSSES) - set(SAMPLE_LOSSES) == {
+        assert set(LOSSES) - set(PER_SAMPLE_LOSSES) == {
             *("mmce", "mmce_w", "dca", "mdca", "soft_ece", "soft_ece_label_binned", "dece"),
             *("aurc", "aurc_regularised", "selective_au"),
         }
@@ -378,7 +377,7 @@ class TestTrainingArguments:
     def test_weight_and_base_reach_the_loss_and_are_reported(self, tmp_path):
         args = tiny.arguments(tmp_path, loss="mmce", auxiliary_weight=8.0, auxiliary_base="adafocal", gamma_lambda=2.0)
         loss = args.build_loss()
-        assert (loss.auxiliary_weight, loss.base.num_bins, loss.base.rule["lambda_"]) == (8, 5, 2)
+        assert (loss.auxiliary_weight, loss.base.num_bins, loss.base.update_settings["lambda_"]) == (8, 5, 2)
         base = {"name": "adafocal", "num_bins": 5, "gamma_initial": 1.0, "lambda_": 2.0, "switch": 0.2}
         assert args.loss_settings == {"auxiliary_weight": 8.0, "base": {**base, "gamma_min": -2.0, "gamma_max": 20.0}}
         json.dumps(args.loss_settings)

@@ -10,16 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from hf_adafocal import AdaFocalTrainingArguments
-from hf_adafocal.losses.base import ClassificationLoss, FocalFamilyLoss
-from hf_adafocal.losses.functional import (
-    brier_loss,
-    confidence_penalty_loss,
-    dual_focal_loss,
-    focal_loss,
-    label_smoothing_loss,
-)
-from hf_adafocal.losses.modules import (
-    LOSSES,
+from hf_adafocal.losses import (
     AdaDualFocalLoss,
     AdaFocalLoss,
     BrierLoss,
@@ -32,6 +23,15 @@ from hf_adafocal.losses.modules import (
     InverseFocalLoss,
     LabelSmoothingLoss,
 )
+from hf_adafocal.losses.base import ClassificationLoss, FocalFamilyLoss, PerSampleLoss
+from hf_adafocal.losses.functional import (
+    brier_loss,
+    confidence_penalty_loss,
+    dual_focal_loss,
+    focal_loss,
+    label_smoothing_loss,
+)
+from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES as LOSSES
 from hf_adafocal.metrics.binning import bin_statistics, equal_mass_edges
 from hf_adafocal.training.callbacks import STATE_KEY, AdaFocalCallback
 
@@ -617,7 +617,7 @@ class TestAdaFocalLoss:
         loss_fn = AdaFocalLoss()
         torch.testing.assert_close(loss_fn.edges, torch.linspace(0, 1, 16))
         assert loss_fn.gammas.tolist() == [1.0] * 15
-        assert loss_fn.rule == {"lambda_": 1.0, "switch": 0.2, "gamma_min": -2.0, "gamma_max": 20.0}
+        assert loss_fn.update_settings == {"lambda_": 1.0, "switch": 0.2, "gamma_min": -2.0, "gamma_max": 20.0}
 
     def test_untrained_it_is_focal_loss_with_the_initial_gamma(self):
         logits, labels = batch()
@@ -698,10 +698,10 @@ class TestAdaFocalLoss:
             (EDGES, [0.1], r"found \(2,\) and \(1,\)"),
             (EDGES, [0.1] * 3, r"found \(2,\) and \(3,\)"),
             (EDGES, 0.1, r"found \(2,\) and \(\)"),
-            ([0.0, 1.0], GAP, "edges must be 3 finite numbers for 2 bins"),
-            ([0.0, 0.3, 0.6, 1.0], GAP, "edges must be 3 finite numbers for 2 bins"),
-            ([0.0, math.nan, 1.0], GAP, "edges must be 3 finite numbers for 2 bins"),
-            ([0.0, 0.5, math.inf], GAP, "edges must be 3 finite numbers for 2 bins"),
+            ([0.0, 1.0], GAP, "edges must be finite numbers of shape \\(3,\\)"),
+            ([0.0, 0.3, 0.6, 1.0], GAP, "edges must be finite numbers of shape \\(3,\\)"),
+            ([0.0, math.nan, 1.0], GAP, "edges must be finite numbers of shape \\(3,\\)"),
+            ([0.0, 0.5, math.inf], GAP, "edges must be finite numbers of shape \\(3,\\)"),
             ([0.5, 0.2, 1.0], GAP, "edges must ascend"),
         ],
         ids=str,
@@ -716,7 +716,7 @@ class TestAdaFocalLoss:
     @pytest.mark.parametrize("gammas", [[1.0], [1.0, math.nan], [[1.0, 1.0]]], ids=str)
     def test_a_table_that_does_not_fit_is_an_error_and_changes_nothing(self, gammas):
         loss_fn = AdaFocalLoss(num_bins=2)
-        with pytest.raises(ValueError, match="gammas must be 2 finite numbers for 2 bins"):
+        with pytest.raises(ValueError, match="gammas must be finite numbers of shape \\(2,\\)"):
             loss_fn.set_table([0.2, 0.5, 0.8], gammas)
         assert loss_fn.edges.tolist() == [0, 0.5, 1] and loss_fn.gammas.tolist() == [1, 1]
 
@@ -781,7 +781,7 @@ class TestLosses:
             ({"loss": "label_smoothing", "smoothing": -0.05}, "LabelSmoothingLoss(smoothing=-0.05)"),
             ({"loss": "confidence_penalty", "entropy_penalty": 0.3}, "ConfidencePenaltyLoss(penalty=0.3)"),
             (
-                {"loss": "ada_dual_focal", "update_rule": "paper", "num_bins": 7, "gamma_lambda": 2.0},
+                {"loss": "ada_dual_focal", "num_bins": 7, "gamma_lambda": 2.0},
                 "num_bins=7, gamma_initial=1.0, lambda_=2.0",
             ),
             ({"loss": "classwise_adafocal", "class_prior": 20.0, "gamma_max": 9.0}, "gamma_max=9.0, prior=20.0"),
@@ -793,5 +793,5 @@ class TestLosses:
         assert type(loss_fn) is LOSSES[settings["loss"]] and shown in repr(loss_fn)
 
     def test_a_member_without_a_formula_is_an_error(self):
-        with pytest.raises(NotImplementedError, match="ClassificationLoss must define `formula`"):
-            ClassificationLoss()(torch.zeros(1, 2), torch.tensor([0]))
+        with pytest.raises(NotImplementedError, match="PerSampleLoss must define `formula`"):
+            PerSampleLoss()(torch.zeros(1, 2), torch.tensor([0]))

@@ -20,7 +20,7 @@ from transformers import (
 
 from hf_adafocal import AdaFocalTrainer
 from hf_adafocal.losses.adafocal import AdaFocalLoss, ClasswiseAdaFocalLoss
-from hf_adafocal.losses.modules import LOSSES as SAMPLE_LOSSES
+from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES
 from hf_adafocal.models import (
     GlobalPoolingCNNConfig,
     GlobalPoolingCNNForSequenceClassification,
@@ -104,8 +104,8 @@ def set_table(loss):
 
 def build_loss(name):
     """Any loss of single samples; a term of a batch depends on the batch it sees, so on the cut."""
-    adaptive = issubclass(SAMPLE_LOSSES[name], AdaFocalLoss)
-    return SAMPLE_LOSSES[name](**({"num_bins": 5} if adaptive else {}))
+    adaptive = issubclass(PER_SAMPLE_LOSSES[name], AdaFocalLoss)
+    return PER_SAMPLE_LOSSES[name](**({"num_bins": 5} if adaptive else {}))
 
 
 def weights(model):
@@ -145,7 +145,7 @@ def in_one_batch(model, loss, size):
     return update(build(), data(size), build_loss(loss), batch_size=size, accumulation=1)
 
 
-@pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+@pytest.mark.parametrize("loss", PER_SAMPLE_LOSSES)
 @pytest.mark.parametrize("model", MODELS)
 class TestOneStep:
     def test_in_one_batch_it_follows_the_gradient_of_the_mean_loss(self, model, loss):
@@ -176,7 +176,7 @@ class TestOtherCuts:
         parts = update(tiny.bert(), data, build_loss("adafocal"), batch_size=4, accumulation=4, **settings)
         assert relative_error(parts, whole) < 1e-5
 
-    @pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+    @pytest.mark.parametrize("loss", PER_SAMPLE_LOSSES)
     def test_micro_batches_of_unequal_numbers_of_tokens_weigh_every_token_the_same(self, loss):
         generator = np.random.default_rng(0)
         rows = [generator.integers(1, tiny.VOCABULARY, length).tolist() for length in generator.integers(2, 12, 16)]

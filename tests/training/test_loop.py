@@ -22,9 +22,8 @@ from torch.utils.data import DataLoader, Dataset, Subset, SubsetRandomSampler
 from transformers import AutoModelForImageClassification, DefaultDataCollator
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_adafocal import AdaFocalLoss, CrossEntropyLoss, FLSD53Loss, calibrate
+from hf_adafocal import AdaFocalLoss, ClasswiseAdaFocalLoss, CrossEntropyLoss, FLSD53Loss, calibrate
 from hf_adafocal.data.loading import Splits
-from hf_adafocal.losses.modules import ClasswiseAdaFocalLoss
 from hf_adafocal.metrics.scores import calibration_report
 
 SCRIPT = Path(__file__).parents[2] / "scripts" / "train_no_trainer.py"

@@ -11,7 +11,7 @@ import tiny
 import torch
 from transformers import BertForSequenceClassification, TrainerCallback
 
-from hf_adafocal.losses.modules import LOSSES as SAMPLE_LOSSES
+from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES
 
 # Largest difference of a gamma from that of the float32 run after two updates from 1 on 900 calibration samples. A
 # bin holds 180: one that changes sides moves its gap by 1/180, and gammas by less than that.
@@ -91,7 +91,7 @@ class TestTrainingLoss:
             least, largest = mean_loss(loss, logits, labels, table, count)
             assert least * (1 - 1e-6) <= value.item() <= largest * (1 + 1e-6)  # bfloat16 would be off by 1e-3
 
-    @pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+    @pytest.mark.parametrize("loss", PER_SAMPLE_LOSSES)
     def test_it_is_to_the_bit_that_of_the_same_logits_in_float32(self, tmp_path, loss):
         run = tiny.trainer(tmp_path, bert16(), loss=loss)
         pairs = []
@@ -223,7 +223,7 @@ class TestSaturation:
             assert gradient.norm() > 0 or settings.get("loss") == "brier"
         return watch
 
-    @pytest.mark.parametrize("loss", SAMPLE_LOSSES)
+    @pytest.mark.parametrize("loss", PER_SAMPLE_LOSSES)
     @pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"bf16": True}], ids=str)
     def test_gradients_stay_finite_with_every_loss(self, tmp_path, loss, settings):
         self.watched(tmp_path, loss=loss, **settings)

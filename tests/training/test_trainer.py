@@ -22,9 +22,15 @@ from transformers import (
     set_seed,
 )
 
-from hf_adafocal import AdaFocalCallback, AdaFocalLoss, AdaFocalTrainer, CalibrationMetrics, FocalLoss
+from hf_adafocal import (
+    AdaFocalCallback,
+    AdaFocalLoss,
+    AdaFocalTrainer,
+    CalibrationMetrics,
+    ClasswiseAdaFocalLoss,
+    FocalLoss,
+)
 from hf_adafocal.losses.batch_loss import CombinedLoss
-from hf_adafocal.losses.modules import ClasswiseAdaFocalLoss
 from hf_adafocal.scaling.fit import Scaling
 from hf_adafocal.scaling.folding import fold_scaling, recorded_scaling
 
