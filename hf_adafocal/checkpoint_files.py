@@ -23,10 +23,10 @@ from safetensors import SafetensorError, safe_open
 STATE_FILE = "trainer_state.json"  # the Trainer writes it last, so a checkpoint that holds it is complete
 
 # Patterns of names: folders at any depth, files in any folder.
-STATE_FOLDERS = ("checkpoint-*", "global_step*", "last-checkpoint")
+STATE_FOLDERS = ("checkpoint-*", "last-checkpoint", "global_step*", "pytorch_model_fsdp_*", "optimizer_*")
 STATE_FILES = (
-    *(STATE_FILE, "training_args.bin", "latest", "zero_to_fp32.py", "scheduler*", "scaler*.pt"),
-    *("optimizer*", "rng_state*.pth", "random_states*.pkl"),
+    *(STATE_FILE, "training_args.bin", "optimizer*", "scheduler*", "scaler*.pt", "rng_state*.pth"),
+    *("random_states*.pkl", "latest", "zero_to_fp32.py", "*_states.pt", "*.distcp", ".metadata"),
 )
 LOG_FOLDERS = ("runs", "wandb", "mlruns", "trackio")
 LOG_FILES = ("events.out.tfevents*",)
@@ -121,7 +121,7 @@ def read_json(path: Path) -> Any:
 
 def _read_index(path: Path) -> None:
     content = read_json(path)
-    if path.name.endswith(".index.json"):
+    if ".index." in path.name:
         try:
             names = set(content["weight_map"].values())
         except (KeyError, TypeError, AttributeError) as error:

@@ -24,7 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         return _failed(options.verb, error)
     except RuntimeError as error:
-        from hf_adafocal.hub.push import PushError
+        from hf_adafocal.hub.client import PushError
 
         if not isinstance(error, PushError):
             raise
@@ -107,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument("repo_id", help="namespace/name")
     push.add_argument("--private", action="store_true")
     push.add_argument("--revision", help="branch, made if it is missing")
+    push.add_argument(
+        "--include", nargs="+", default=(), metavar="PATTERN", help="push further files, such as '*.onnx', too"
+    )
     push.add_argument("--include-training-state", action="store_true", help="optimizer state and event files too")
 
     space = verb(
@@ -237,6 +240,7 @@ def _push(options: argparse.Namespace, rest: list[str]) -> int:
         options.repo_id,
         private=options.private,
         revision=options.revision,
+        include=options.include,
         include_training_state=options.include_training_state,
     )
     for path, reason in pushed.left_out.items():

@@ -70,7 +70,7 @@ def local_hub(monkeypatch, tmp_path):
     monkeypatch.delenv("HF_OIDC_RESOURCE", raising=False)
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     hub.waits = []
-    for module in (_http, importlib.import_module("hf_adafocal.hub.push")):
+    for module in (_http, importlib.import_module("hf_adafocal.hub.client")):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=hub.waits.append))
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     huggingface_hub.close_session()

@@ -3,7 +3,7 @@
 from hf_adafocal._lazy import lazy_attributes
 
 _HOMES = {
-    "PushError": "push",
+    "PushError": "client",
     "publish_metric": "spaces",
     "push_run": "push",
 }

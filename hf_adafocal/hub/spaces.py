@@ -14,7 +14,7 @@ from typing import Literal
 import yaml
 
 from hf_adafocal.evaluate_modules import evaluate_module
-from hf_adafocal.hub.push import PushResult, push_files
+from hf_adafocal.hub.client import PushResult, push_files
 
 Sdk = Literal["gradio", "static"]
 

@@ -10,7 +10,7 @@ import yaml
 from local_hub import metadata_errors
 
 import hf_adafocal
-from hf_adafocal.hub.push import PushError
+from hf_adafocal.hub.client import PushError
 from hf_adafocal.hub.spaces import metric_space, publish_metric
 from hf_adafocal.metrics import bin_free as estimators
 from hf_adafocal.metrics import ood, selective
