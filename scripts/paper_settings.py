@@ -180,11 +180,15 @@ def images(folder: Path, seed: int, *, size: int, train: int, calibration: int) 
     parts: Parts = {
         role: (stack_images(part["img"], size), torch.tensor(part["label"][:])) for role, part in chosen.items()
     }
-    test = parts["test"][0]
-    noise = torch.randn(test.shape, generator=torch.Generator().manual_seed(seed)) * 255 * NOISE
-    noisy = (test + noise).round().clamp(0, 255).to(torch.uint8)
-    parts["ood"] = {"noise": noisy, "blur": vision.gaussian_blur(test, kernel_size=[9, 9], sigma=[BLUR, BLUR])}
+    parts["ood"] = corruptions(parts["test"][0], seed)
     return parts
+
+
+def corruptions(pixels: Tensor, seed: int) -> dict[str, Tensor]:
+    """Images under Gaussian noise and under Gaussian blur."""
+    noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)) * 255 * NOISE
+    noisy = (pixels + noise).round().clamp(0, 255).to(torch.uint8)
+    return {"noise": noisy, "blur": vision.gaussian_blur(pixels, kernel_size=[9, 9], sigma=[BLUR, BLUR])}
 
 
 def all_texts(folder: Path, seed: int) -> tuple[list[str], Tensor, list[str]]:

@@ -1,8 +1,10 @@
-"""AdaFocal at the paper's length beside its rivals: runs and their reports.
+"""AdaFocal at the paper's length beside its rivals: runs, tables and the figure of calibration against epochs.
 
 python scripts/reproduce_paper.py run --data FOLDER                     # small settings, main methods, three seeds
 python scripts/reproduce_paper.py run --data FOLDER --settings small_texts --methods all
 python scripts/reproduce_paper.py run --data FOLDER --settings news --methods cross_entropy adafocal --seeds 0
+python scripts/reproduce_paper.py table                                 # Markdown, from the committed reports
+python scripts/reproduce_paper.py figure                                # PNG, from the committed reports
 
 FOLDER holds `20_newsgroups`, `reuters_r8` and `cifar10`, each a data set for `datasets.load_dataset`. Every run goes
 through `AdaFocalTrainer` with one thread, two runs at a time. A run whose report is there is not repeated, and one
@@ -25,6 +27,7 @@ from typing import Any
 
 import torch
 from paper_settings import DATA, FIGURE, MAIN, METHODS, SETTINGS, Parts, Setting
+from paper_tables import figure, tables
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
 
@@ -41,9 +44,9 @@ REPORTS = ROOT / "model_cards" / "paper"
 
 
 def main() -> None:
-    """Run."""
+    """Run, tabulate or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("verb", choices=("run",))
+    parser.add_argument("verb", choices=("run", "table", "figure"))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[s for s in SETTINGS if "small" in s])
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, "all"), default=list(MAIN))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
@@ -52,11 +55,16 @@ def main() -> None:
     parser.add_argument("--reports", type=Path, default=REPORTS)
     parser.add_argument("--jobs", type=int, default=2)
     options = parser.parse_args()
-    if options.data is None:
+    if options.verb == "table":
+        print(tables(options.reports))
+    elif options.verb == "figure":
+        figure(options.reports, options.reports / "length.png")
+    elif options.data is None:
         parser.error("run needs --data, the folder of the data sets")
-    methods = list(METHODS) if options.methods == ["all"] else options.methods
-    work = [(s, m, seed) for seed in options.seeds for s in options.settings for m in methods]
-    run_all(work, options.data, options.folder, options.reports, options.jobs)
+    else:
+        methods = list(METHODS) if options.methods == ["all"] else options.methods
+        work = [(s, m, seed) for seed in options.seeds for s in options.settings for m in methods]
+        run_all(work, options.data, options.folder, options.reports, options.jobs)
 
 
 def run_all(work: list[tuple[str, str, int]], data: Path, folder: Path, reports: Path, jobs: int) -> None:

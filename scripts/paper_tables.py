@@ -1,0 +1,222 @@
+"""Tables and the figure of `reproduce_paper.py`, from its reports."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from paper_settings import FIGURE, METHODS, SETTINGS
+
+from hf_adafocal.report.comparison import paired_difference
+from hf_adafocal.report.tables import comparison_table
+
+Runs = dict[str, dict[int, dict[str, Any]]]  # of one setting: report by method and seed
+RAW, SCALED = "raw", "temperature_scaled"
+BASELINE, OURS = "cross_entropy", "adafocal"
+COLUMNS = (
+    ("error", "error %", 100, 2),
+    ("nll", "NLL", 1, 3),
+    ("brier", "Brier", 1, 3),
+    ("ece", "ECE %", 100, 2),
+    ("ada_ece", "AdaECE %", 100, 2),
+    ("classwise_ece", "classwise ECE %", 100, 3),
+)
+TITLES = {
+    "cross_entropy": "cross-entropy",
+    "flsd_53": "FLSD-53",
+    "adafocal": "AdaFocal",
+}
+
+
+def read(folder: Path, setting: str) -> Runs:
+    """Finished runs of a setting, methods in the order of `METHODS` and seeds in ascending order."""
+    runs: Runs = {}
+    for method in METHODS:
+        for path in sorted((folder / setting).glob(f"{method}-*.json")):
+            report = json.loads(path.read_text())
+            runs.setdefault(method, {})[report["seed"]] = report
+    return {method: dict(sorted(found.items())) for method, found in runs.items()}
+
+
+def tables(folder: Path) -> str:
+    """Every table as Markdown, of the settings that have reports."""
+    found = {setting: runs for setting in SETTINGS if (runs := read(folder, setting))}
+    parts = []
+    for setting, runs in found.items():
+        parts += [f"### {setting}", metrics_table(runs), "Differences from cross-entropy:", differences_table(runs)]
+    parts += ["### The loss and the recipe", recipe_table(found)]
+    parts += ["### Updates until AdaFocal is better calibrated", crossing_table(found)]
+    parts += ["### Where the gammas end", gamma_table(found)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def metrics_table(runs: Runs) -> str:
+    """Means and standard deviations over seeds on the test split, before and after temperature scaling."""
+    tests = {}
+    for method, by_seed in runs.items():
+        tests[method] = [
+            {
+                "temperature": report["temperature"],
+                **{
+                    kind: {
+                        **report[kind],
+                        "error": 1 - report[kind]["accuracy"],
+                        **{f"ood_{name}": auroc for name, auroc in report[kind]["ood_auroc"].items()},
+                    }
+                    for kind in (RAW, SCALED)
+                },
+            }
+            for report in by_seed.values()
+        ]
+    first = next(iter(tests.values()))[0][RAW]
+    ood = [(name, f"OOD AUROC % {name.removeprefix('ood_')}", 100, 1) for name in first if name.startswith("ood_")]
+    ood = [column for column in ood if column[0] != "ood_auroc"]
+    return comparison_table(tests, [*COLUMNS, *ood])
+
+
+def differences_table(runs: Runs) -> str:
+    """Each method as trained minus cross-entropy on the seeds that both have, with 95 % intervals."""
+    head = ["method", "seeds", "ECE - CE's", "ECE - (CE + T)'s", "ECE + T - (CE + T)'s", "error - CE's"]
+    pairs = (("ece", RAW, RAW, 1), ("ece", RAW, SCALED, 1), ("ece", SCALED, SCALED, 1), ("accuracy", RAW, RAW, -1))
+    rows = []
+    for method in runs:
+        seeds = [seed for seed in runs[method] if seed in runs.get(BASELINE, {})]
+        if method == BASELINE or not seeds:
+            continue
+        cells = [
+            difference(runs[method], own, runs[BASELINE], other, key, seeds, sign) for key, own, other, sign in pairs
+        ]
+        rows.append([method, str(len(seeds)), *cells])
+    return markdown(head, rows)
+
+
+def difference(
+    ours: dict[int, dict], own: str, theirs: dict[int, dict], other: str, key: str, seeds: list[int], sign: int = 1
+) -> str:
+    """Paired by seed, in percentage points."""
+    return paired_difference(
+        100 * sign * np.array([ours[seed][own][key] - theirs[seed][other][key] for seed in seeds])
+    )
+
+
+def recipe_table(found: dict[str, Runs]) -> str:
+    """What the summed loss with clipped gradients changes for each method, and AdaFocal's gain under either recipe."""
+    head = ["setting", "method", "seeds", "ECE % mean", "ECE % sum", "ECE sum - mean", "error sum - mean"]
+    head += ["ECE + T sum - mean"]
+    rows = []
+    for setting, runs in found.items():
+        summed = found.get(f"{setting}_sum", {})
+        for method in [method for method in runs if method in summed]:
+            ours, theirs = summed[method], runs[method]
+            seeds = [seed for seed in ours if seed in theirs]
+            if not seeds:
+                continue
+            means = [f"{np.mean([100 * part[seed][RAW]['ece'] for seed in seeds]):.2f}" for part in (theirs, ours)]
+            cells = [
+                difference(ours, RAW, theirs, RAW, "ece", seeds),
+                difference(ours, RAW, theirs, RAW, "accuracy", seeds, -1),
+                difference(ours, SCALED, theirs, SCALED, "ece", seeds),
+            ]
+            rows.append([setting, method, str(len(seeds)), *means, *cells])
+    return markdown(head, rows)
+
+
+def crossing_table(found: dict[str, Runs]) -> str:
+    """For each seed the updates of gamma after which AdaFocal's test ECE stays below another curve."""
+    head = ["setting", "than cross-entropy", "than FLSD-53", "than cross-entropy with a temperature", "updates in all"]
+    rows = []
+    for setting, runs in found.items():
+        curves = {method: by_seed for method, by_seed in runs.items() if method in FIGURE}
+        if OURS not in curves or BASELINE not in curves:
+            continue
+        cells = []
+        for method, key in ((BASELINE, "ece"), ("flsd_53", "ece"), (BASELINE, "scaled_ece")):
+            seeds = [seed for seed in curves[OURS] if seed in curves.get(method, {})]
+            crossings = [
+                crossing(curves[OURS][seed]["log"]["test"], curves[method][seed]["log"]["test"], key) for seed in seeds
+            ]
+            cells.append(", ".join("never" if epoch is None else str(epoch) for epoch in crossings))
+        rows.append([setting, *cells, str(SETTINGS[setting].epochs)])
+    return markdown(head, rows)
+
+
+def crossing(ours: dict[str, list], theirs: dict[str, list], key: str) -> int | None:
+    """The updates made before the first reading from which on our ECE stays below theirs; None if it does not.
+
+    The reading after epoch e is of weights that were trained with a table moved e - 1 times.
+    """
+    better = np.array(ours["ece"]) < np.array(theirs[key])
+    if not better[-1]:
+        return None
+    worse = np.flatnonzero(~better)
+    return ours["epoch"][worse[-1] + 1 if len(worse) else 0] - 1
+
+
+def gamma_table(found: dict[str, Runs]) -> str:
+    """The last gammas of each AdaFocal run by bin, and bins that no sample could reach."""
+    head = ["setting", "seed", "gamma of bins 1 to 15", "at the cap of 20", "below 0", "epochs with bins of width 0"]
+    rows = []
+    for setting, runs in found.items():
+        for seed, report in runs.get(OURS, {}).items():
+            gammas = np.array(report["log"]["gammas"][-1])
+            width = report["log"]["bins_of_width_0"]
+            shown = " ".join(f"{gamma:.1f}" for gamma in gammas)
+            counts = [str((gammas > 19.99).sum()), str((gammas < 0).sum()), str(np.count_nonzero(width))]
+            rows.append([setting, str(seed), shown, *counts])
+    return markdown(head, rows)
+
+
+def markdown(head: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; nothing without rows."""
+    if not rows:
+        return ""
+    return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
+
+
+def figure(folder: Path, path: Path) -> None:
+    """ECE of the test split against epochs, mean and range over seeds, and below it AdaFocal's gammas of one seed.
+
+    Args:
+        folder: Of the reports.
+        path: Of the PNG.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    found = {setting: runs for setting in SETTINGS if OURS in (runs := read(folder, setting))}
+    grid = {"height_ratios": (3, 2)}
+    picture, axes = plt.subplots(
+        2, len(found), figsize=(3.6 * len(found), 5), sharex="col", sharey="row", squeeze=False, gridspec_kw=grid
+    )
+    for (setting, runs), (above, below) in zip(found.items(), axes.T, strict=True):
+        for color, method in zip(("C3", "C1", "C0"), FIGURE, strict=True):
+            logs = [report["log"]["test"] for report in runs.get(method, {}).values()]
+            if logs:
+                draw_curve(above, logs, "ece", color, TITLES[method])
+            if logs and method == BASELINE:
+                draw_curve(above, logs, "scaled_ece", "0.4", "cross-entropy + temperature", linestyle="--")
+        seed, report = next(iter(runs[OURS].items()))
+        gammas = np.array(report["log"]["gammas"])
+        for index, line in enumerate(gammas.T):
+            below.plot(range(1, len(gammas) + 1), line, color=plt.cm.viridis(index / (gammas.shape[1] - 1)), lw=0.9)
+        above.set(title=setting)
+        below.set(xlabel="epoch", title=f"AdaFocal, seed {seed}: gamma by bin")
+        below.title.set_size("small")
+    axes[0, 0].set(ylabel="ECE of the test split, %", ylim=(0, None))
+    axes[1, 0].set(ylabel="gamma")
+    axes[0, -1].legend(fontsize="small")
+    bins = plt.cm.ScalarMappable(plt.Normalize(1, 15), "viridis")
+    picture.tight_layout()
+    picture.colorbar(bins, ax=axes[1].tolist(), label="bin, low to high", pad=0.01)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.savefig(path, dpi=110)
+    plt.close(picture)
+
+
+def draw_curve(axes: Any, logs: list[dict[str, list]], key: str, color: str, title: str, **style: Any) -> None:
+    """The mean over seeds as a line and their range as a band."""
+    values = 100 * np.array([log[key] for log in logs])
+    axes.plot(logs[0]["epoch"], values.mean(axis=0), color=color, label=title, **style)
+    axes.fill_between(logs[0]["epoch"], values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)
