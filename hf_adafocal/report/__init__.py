@@ -3,8 +3,13 @@
 from hf_adafocal._lazy import lazy_attributes
 
 _HOMES = {
+    "Report": "schema",
+    "build_report": "schema",
     "gamma_trajectory": "plots",
+    "read_report": "files",
     "reliability_diagram": "plots",
+    "save_report": "files",
+    "weights_hash": "weights",
     "write_card": "card",
 }
 

@@ -12,6 +12,8 @@ from typing import Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from hf_adafocal.report.schema import Report
+
 START = "<!-- calibration report of hf-adafocal: the text down to its end marker is replaced by the next one -->"
 END = "<!-- end of the calibration report of hf-adafocal -->"
 STOCK = "<!-- This model card has been generated automatically according to the information the Trainer had access to."
@@ -48,11 +50,31 @@ def write_card(folder: str | Path, report: Mapping[str, Any], **options) -> Path
         The path of the card.
     """
     folder = Path(folder)
+    if isinstance(report, Report):
+        report = _as_before(report)
     path = folder / "README.md"
     existing = path.read_text() if path.exists() else None
     pictures = [name for name in PICTURES if (folder / name).exists()]
     path.write_text(model_card(report, existing=existing, pictures=pictures, name=folder.resolve().name, **options))
     return path
+
+
+def _as_before(report: Report) -> dict[str, Any]:
+    """The report in the shape that the template still reads."""
+    document = report.to_dict()
+    source = report.trained_on or report.evaluated_on
+    return {
+        **document,
+        "split": report.test.split,
+        "drove_gamma": report.held_out.get("adaptation") == report.test.split,
+        "gamma": [update for update in report.adaptation if "gammas" in update],
+        "smoothing": [update for update in report.adaptation if "smoothing" in update],
+        "training": {
+            "model": report.model.architecture,
+            **({"dataset": source.name} if source else {}),
+            **report.training,
+        },
+    }
 
 
 def model_card(

@@ -4,11 +4,14 @@ from hf_adafocal._lazy import lazy_attributes
 
 _HOMES = {
     "Scaling": "fit",
+    "best_temperature": "grid",
+    "check_foldable": "folding",
     "fit_temperature": "fit",
     "fit_temperature_scaling": "fit",
     "fit_vector_scaling": "fit",
     "fold_checkpoint": "folding",
     "fold_scaling": "folding",
+    "nll_on_grid": "grid",
     "recorded_scaling": "folding",
     "unfold_scaling": "folding",
 }

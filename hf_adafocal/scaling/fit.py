@@ -9,6 +9,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from scipy.optimize import minimize, minimize_scalar
+from scipy.stats import chi2
 from torch import Tensor
 
 LOG_TEMPERATURE_BOUND = 5.0  # T between 1/148 and 148
@@ -68,6 +69,55 @@ class Scaling:
         kind = {"dtype": torch.promote_types(given.dtype, torch.float32), "device": given.device}
         scaled = given.to(kind["dtype"]) * torch.tensor(self.scale, **kind) + torch.tensor(self.bias, **kind)
         return scaled if isinstance(logits, Tensor) else scaled.numpy()
+
+    def undo(self, logits: Tensor | np.ndarray) -> Tensor | np.ndarray:
+        """Logits before scaling; the inverse of `apply`.
+
+        Args:
+            logits: Scaled logits, shape `(..., C)`.
+
+        Returns:
+            The same shape, in float32 or wider; a tensor for a tensor, otherwise an array.
+
+        >>> Scaling(scale=0.5).undo(Scaling(scale=0.5).apply([[2.0, -4.0]]))
+        array([[ 2., -4.]], dtype=float32)
+        """
+        given = torch.as_tensor(logits)
+        kind = {"dtype": torch.promote_types(given.dtype, torch.float32), "device": given.device}
+        before = (given.to(kind["dtype"]) - torch.tensor(self.bias, **kind)) / torch.tensor(self.scale, **kind)
+        return before if isinstance(logits, Tensor) else before.numpy()
+
+    def is_supported(self, confidence: float = 0.95) -> bool:
+        """Likelihood-ratio test of this scaling against leaving the logits as they are.
+
+        Twice the rise of the log-likelihood of the samples it was fitted on is compared with the chi-square quantile
+        for as many degrees of freedom as numbers were fitted (1, or 2 C for a vector scaling).
+
+        Args:
+            confidence: Level of the test, in (0, 1).
+
+        Returns:
+            True if the samples tell the scaling from the identity. False also where the NLL does not fall.
+
+        Raises:
+            ValueError: If the level is out of range, or the scaling does not know what it was fitted on.
+
+        Source: Wilks 1938, The large-sample distribution of the likelihood ratio.
+
+        >>> few, many = (Scaling(0.8, 0.0, 0.50, 0.49, size) for size in (100, 1000))  # chi-square 2 and 20
+        >>> few.is_supported(), many.is_supported()
+        (False, True)
+        """
+        if not 0 < confidence < 1:
+            raise ValueError(f"confidence must lie between 0 and 1, found {confidence}; 0.95 stands for 95 %.")
+        if self.nll_before is None or self.nll_after is None or self.num_samples is None:
+            raise ValueError(
+                "Whether a scaling is supported needs nll_before, nll_after and num_samples; take what "
+                "fit_temperature_scaling or fit_vector_scaling returns."
+            )
+        fitted = sum(len(value) if isinstance(value, tuple) else 0 for value in (self.scale, self.bias)) or 1
+        statistic = 2 * self.num_samples * (self.nll_before - self.nll_after)
+        return bool(statistic > chi2.ppf(confidence, fitted))
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it, with `method` and, where there is one, `temperature`."""

@@ -6,7 +6,6 @@ checkpoint (`from_pretrained`, `pipeline`, an ONNX export, a server) needs to kn
 
 import shutil
 import tempfile
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_adafocal.models  # noqa: F401 (so that the Auto classes know the global-pooling CNN)
+from hf_adafocal.preserved_state import evaluating, random_state_kept
 from hf_adafocal.scaling.fit import Scaling
 
 RECORD = "adafocal_calibration"  # where the model's config keeps what was folded
@@ -58,6 +58,25 @@ def fold_scaling(model: PreTrainedModel, scaling: Scaling, inputs: dict[str, Ten
     _check_fit(head, scaling)
     _rescale(head, scaling.scale, scaling.bias)
     setattr(model.config, RECORD, scaling.to_dict())
+
+
+def check_foldable(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> None:
+    """Raise what `fold_scaling` would raise for a temperature; change nothing. Call it before training.
+
+    A scaling that is recorded already is no objection here: training moves on from it and forgets the record.
+
+    Args:
+        model: As in `fold_scaling`.
+        inputs: As in `fold_scaling`.
+
+    Raises:
+        TypeError: As `fold_scaling`.
+        ValueError: As `fold_scaling`.
+    """
+    _check_model(model)
+    _check_task(model.config)
+    with random_state_kept():
+        find_head(model, inputs)
 
 
 def unfold_scaling(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -> None:
@@ -135,7 +154,7 @@ def find_head(model: PreTrainedModel, inputs: dict[str, Tensor] | None = None) -
     candidates = {
         name: module for name, module in model.named_modules() if getattr(module, "out_features", None) == num_labels
     }
-    with _evaluating(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         batch = _example(model) if inputs is None else inputs
         found = [name for name, module in candidates.items() if _logits_follow(model, module, batch)]
     if len(found) != 1:
@@ -182,18 +201,6 @@ def _example(model: PreTrainedModel) -> dict[str, Tensor]:
 def _image_size(config: transformers.PretrainedConfig) -> int:
     size = getattr(config, "image_size", None) or 224
     return size if isinstance(size, int) else size[-1]
-
-
-@contextmanager
-def _evaluating(model: nn.Module):
-    """Dropout and batch statistics off, then each module as it was."""
-    modes = {module: module.training for module in model.modules()}
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
 
 
 def _check_model(model: PreTrainedModel) -> None:

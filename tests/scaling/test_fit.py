@@ -320,3 +320,36 @@ class TestScaling:
     def test_numbers_that_scale_nothing_are_an_error(self, scale, bias, match):
         with pytest.raises(ValueError, match=match):
             Scaling(scale, bias)
+
+
+class TestSupport:
+    @pytest.mark.parametrize(("size", "supported"), [(192, False), (193, True)])
+    def test_a_temperature_needs_twice_the_gain_to_exceed_chi_square(self, size, supported):
+        # The 95 % quantile of chi-square with one degree of freedom is 3.8415; 2 n 0.01 passes it from 193 on.
+        assert Scaling(0.8, 0.0, 0.50, 0.49, size).is_supported() is supported
+
+    def test_a_vector_scaling_has_a_degree_of_freedom_for_each_number(self):
+        # chi-square with 6 degrees of freedom: 12.592
+        vector = {"scale": (0.5, 0.6, 0.7), "bias": (0.0, 0.1, 0.2), "nll_before": 0.50, "nll_after": 0.49}
+        assert [Scaling(**vector, num_samples=size).is_supported() for size in (629, 630)] == [False, True]
+
+    def test_one_that_makes_the_nll_worse_is_not_supported(self):
+        assert not Scaling(0.8, 0.0, 0.49, 0.50, 10_000).is_supported()
+
+    def test_the_test_keeps_its_level_on_calibrated_models(self):
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for _ in range(400):
+            logits = 2 * torch.randn(150, 4, generator=generator)
+            labels = torch.multinomial(logits.softmax(-1), 1, generator=generator)[:, 0]
+            found.append(fit_temperature_scaling(logits, labels).is_supported())
+        assert 0.02 <= np.mean(found) <= 0.08  # 5 % but for chance: three standard errors are 3.3 %
+
+    def test_a_scaling_of_unknown_origin_cannot_be_judged(self):
+        with pytest.raises(ValueError, match="needs nll_before, nll_after and num_samples"):
+            Scaling(0.8).is_supported()
+
+    def test_undo_is_the_inverse_of_apply(self):
+        logits = torch.randn(5, 3, dtype=torch.float64)
+        for fitted in (Scaling(0.37), Scaling((0.4, 1.3, -0.2), (0.5, -1.0, 2.0))):
+            torch.testing.assert_close(fitted.undo(fitted.apply(logits)), logits)

@@ -35,7 +35,14 @@ from hf_adafocal.models import (
     train_word_level_tokenizer,
 )
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
-from hf_adafocal.scaling.folding import find_head, fold_checkpoint, fold_scaling, recorded_scaling, unfold_scaling
+from hf_adafocal.scaling.folding import (
+    check_foldable,
+    find_head,
+    fold_checkpoint,
+    fold_scaling,
+    recorded_scaling,
+    unfold_scaling,
+)
 
 TEXTS = ["the cat sat on the mat", "a dog barks", "cats and dogs and mats", "sat"]
 TEMPERATURE = Scaling(1 / 2.7, 0.0, 1.5, 1.25, 60)
@@ -549,3 +556,22 @@ class TestFoldCheckpoint:
         config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
         peft.get_peft_model(base, config).save_pretrained(tmp_path / "old")
         self.refused(tmp_path / "old", "Merge them first")
+
+
+class TestCheckFoldable:
+    def test_it_passes_what_can_be_folded_and_changes_nothing(self):
+        model = bert()
+        model.train()
+        before, state = {name: value.clone() for name, value in model.state_dict().items()}, torch.get_rng_state()
+        check_foldable(model)
+        assert model.training and all(torch.equal(before[name], value) for name, value in model.state_dict().items())
+        assert recorded_scaling(model.config) is None and torch.equal(torch.get_rng_state(), state)
+
+    def test_it_raises_what_folding_would(self):
+        model = bert(problem_type="multi_label_classification")
+        messages = []
+        for attempt in (lambda: check_foldable(model), lambda: fold_scaling(model, TEMPERATURE)):
+            with pytest.raises(ValueError) as error:
+                attempt()
+            messages.append(str(error.value))
+        assert messages[0] == messages[1]
