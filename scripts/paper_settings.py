@@ -34,6 +34,12 @@ METHODS: dict[str, dict[str, Any]] = {  # arguments of the trainer
     "aurc_regularised": {"loss": "aurc_regularised"},
     "adaptive_label_smoothing": {"loss": "adaptive_label_smoothing"},
 }
+ABLATIONS: dict[str, dict[str, Any]] = {  # of what holds AdaFocal back
+    "adafocal_cap_5": {"loss": "adafocal", "gamma_max": 5.0},
+    "adafocal_cap_100": {"loss": "adafocal", "gamma_max": 100.0},
+    "adafocal_lambda_0.2": {"loss": "adafocal", "gamma_lambda": 0.2},
+}
+METHODS |= ABLATIONS
 MAIN = ("cross_entropy", "label_smoothing", "flsd_53", "adafocal")
 FIGURE = ("cross_entropy", "flsd_53", "adafocal")  # whose test curves are recorded
 NOISE, BLUR = 0.1, 1.0  # standard deviations: on pixels in [0, 1], and in pixels; both are level 5 of CIFAR-10-C
@@ -256,6 +262,7 @@ def digest(content: bytes) -> bytes:
 DATA: dict[str, tuple[Callable[..., Parts], dict[str, int]]] = {
     "small_images": (images, {"size": 16, "train": 2500, "calibration": 2000}),
     "small_texts": (text_features, {"train": 6000, "calibration": 2000}),
+    "small_texts_6000": (text_features, {"train": 6000, "calibration": 6000}),
     "news": (text_tokens, {"length": 128}),
     "news_300": (text_tokens, {"length": 300}),
     "cifar": (images, {"size": 32, "train": 10000, "calibration": 5000}),
@@ -272,6 +279,7 @@ SETTINGS: dict[str, Setting] = {
     "small_images_sum": Setting(**SMALL_IMAGES, **SUM),
     "small_texts": Setting(**SMALL_TEXTS),
     "small_texts_sum": Setting(**SMALL_TEXTS, **SUM),
+    "small_texts_6000": Setting(**SMALL_TEXTS | {"data": "small_texts_6000"}),
     "news": Setting("news", **NEWS),
     "news_300": Setting("news_300", **NEWS),
     "cifar": Setting("cifar", ResNet8, 150, 128, image=4, curve_every=5, save_every=1),

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from paper_settings import DATA, FIGURE, MAIN, METHODS, SETTINGS, Parts, Setting
+from paper_settings import ABLATIONS, DATA, FIGURE, MAIN, METHODS, SETTINGS, Parts, Setting
 from paper_tables import figure, tables
 from torch import Tensor, nn
 from transformers import TrainerCallback, set_seed
@@ -40,6 +40,7 @@ from hf_adafocal.scaling.fit import fit_temperature
 from hf_adafocal.training.checkpoints import last_complete_checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
+SMALL = ["small_texts", "small_texts_sum", "small_images", "small_images_sum"]
 REPORTS = ROOT / "model_cards" / "paper"
 
 
@@ -47,7 +48,7 @@ def main() -> None:
     """Run, tabulate or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "table", "figure"))
-    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=[s for s in SETTINGS if "small" in s])
+    parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SMALL)
     parser.add_argument("--methods", nargs="+", choices=(*METHODS, "all"), default=list(MAIN))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", type=Path, help="folder of the data sets")
@@ -62,7 +63,9 @@ def main() -> None:
     elif options.data is None:
         parser.error("run needs --data, the folder of the data sets")
     else:
-        methods = list(METHODS) if options.methods == ["all"] else options.methods
+        methods = (
+            [name for name in METHODS if name not in ABLATIONS] if options.methods == ["all"] else options.methods
+        )
         work = [(s, m, seed) for seed in options.seeds for s in options.settings for m in methods]
         run_all(work, options.data, options.folder, options.reports, options.jobs)
 

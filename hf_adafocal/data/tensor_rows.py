@@ -166,8 +166,8 @@ class ImageRows(TensorRows):
         if crop_padding < 0:
             raise ValueError(f"crop_padding must be a number of pixels from 0, found {crop_padding}.")
         super().__init__(inputs, labels, name)
-        mean, std = (torch.tensor(value).reshape(-1, 1, 1) for value in (mean, std))
-        self._scale, self._shift = 1 / (255 * std), -mean / std
+        center, spread = (torch.tensor(value).reshape(-1, 1, 1) for value in (mean, std))
+        self._scale, self._shift = 1 / (255 * spread), -center / spread
         self.crop_padding, self.horizontal_flip, self.seed = crop_padding, horizontal_flip, seed
         self.set_epoch(0)
 
