@@ -1,4 +1,4 @@
-"""A look at the model in the middle of training that training does not notice."""
+"""Context managers that restore module modes and random states after a forward pass in the middle of training."""
 
 import random
 from collections.abc import Iterator, Sequence
@@ -11,7 +11,7 @@ from torch import nn
 
 @contextmanager
 def evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode; afterwards each module is in the mode it was in, frozen ones too."""
+    """Put a model in evaluation mode; afterwards every module, frozen ones too, is in the mode it had."""
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
     try:
@@ -23,11 +23,12 @@ def evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def random_state_kept(generators: Sequence[torch.Generator] = ()) -> Iterator[None]:
-    """Put back the random state of Python, numpy and torch, and of these generators."""
+    """Restore the random state of Python, NumPy, torch (CPU and accelerators) and the given generators afterwards."""
     python, of_numpy = random.getstate(), np.random.get_state()
     states = [generator.get_state() for generator in generators]
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
-    with torch.random.fork_rng(devices, device_type="cuda"):  # the CPU's state too
+    kind = _accelerator_in_use()
+    devices = range(getattr(torch, kind).device_count()) if kind is not None else ()
+    with torch.random.fork_rng(devices, device_type=kind or "cuda"):  # the CPU's state too
         try:
             yield
         finally:
@@ -35,3 +36,15 @@ def random_state_kept(generators: Sequence[torch.Generator] = ()) -> Iterator[No
             np.random.set_state(of_numpy)
             for generator, state in zip(generators, states, strict=True):
                 generator.set_state(state)
+
+
+def _accelerator_in_use() -> str | None:
+    """Type of the accelerator whose random state must be kept; None if there is none or it has not been used yet."""
+    if not torch.accelerator.is_available():
+        return None
+    kind = torch.accelerator.current_accelerator()
+    module = None if kind is None else getattr(torch, kind.type, None)
+    if kind is None or not hasattr(module, "get_rng_state"):
+        return None
+    initialized = getattr(module, "is_initialized", None)  # looking must not create a CUDA context
+    return kind.type if initialized is None or initialized() else None

@@ -77,23 +77,15 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
     calibration = trainer.predict(splits.calibration, metric_key_prefix="calibration")
     test = trainer.predict(splits.test, metric_key_prefix="test")
 
+    history = [] if trainer.adaptive_callback is None else trainer.adaptive_callback.history
     report = {
         "test": split_report(test[:2], calibration[:2], args.num_bins),
         "loss": {
             "name": args.loss,
             **args.loss_settings,
-            **({"update_rule": trainer.update_rule} if trainer.update_rule else {}),
         },
-        "gamma": [
-            {"step": entry["step"], "gammas": [gamma for name, gamma in entry.items() if name.startswith("gamma_")]}
-            for entry in trainer.state.log_history
-            if "gamma_00" in entry
-        ],
-        "smoothing": [
-            {"step": entry["step"], "smoothing": entry["smoothing"]}
-            for entry in trainer.state.log_history
-            if "smoothing" in entry
-        ],
+        "gamma": [update for update in history if "gammas" in update],
+        "smoothing": [update for update in history if "smoothing" in update],
         "splits": {
             role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
             for role, part in (("train", train), ("calibration", splits.calibration), ("test", splits.test))
@@ -161,7 +153,6 @@ def compare(
             output = folders[loss][seed]
             finished = output / "report.json"
             flags = ["--loss", name, "--seed", str(seed), "--output_dir", str(output)]
-            flags += ["--update_rule", rule] if rule else []
             task, args = parse_arguments(task_class, [*arguments, *flags])
             if reuse and finished.exists():
                 logger.warning(f"Reusing {finished}")

@@ -6,7 +6,7 @@ _HOMES = {
     "AdaFocalCallback": "callbacks",
     "AdaFocalTrainer": "trainer",
     "AdaFocalTrainingArguments": "arguments",
-    "CalibrationMetrics": "evaluation",
+    "CalibrationMetrics": "stock_trainer",
     "calibrate": "loop",
     "last_complete_checkpoint": "checkpoints",
 }

@@ -1,209 +1,270 @@
-"""Arguments of a calibrated fine-tune: those of `TrainingArguments`, and which loss."""
+"""Training arguments of a calibrated fine-tune: those of `TrainingArguments`, and the loss with its settings."""
 
+import dataclasses
+import inspect
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 
 from hf_adafocal.data.overlap import POLICIES
-from hf_adafocal.losses.batch_loss import TERMS
 from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES, build_loss
+from hf_adafocal.training.sample_rows import is_lower_better
 
-UPDATE_RULES = ("paper", "temperature")
-DEFAULT_LOSS = "adaptive_label_smoothing"  # the one that the study of short runs found to cost no accuracy
+BATCH_LOSSES = tuple(name for name in LOSSES if name not in PER_SAMPLE_LOSSES)
+ADAFOCAL_LOSSES = ("adafocal", "ada_dual_focal", "classwise_adafocal")
+REDUCTIONS = ("mean", "sum")
+DEFAULT_LOSS, DEFAULT_BASE, DEFAULT_BINS = "adafocal", "cross_entropy", 15
+
+
+class LossArgument(NamedTuple):
+    """A training argument that only some losses use.
+
+    Attributes:
+        keyword: Of the loss's constructor.
+        losses: Names of the losses that take it.
+    """
+
+    keyword: str
+    losses: tuple[str, ...]
+
+
+LOSS_ARGUMENTS = {
+    "focal_gamma": LossArgument("gamma", ("focal",)),
+    "inverse_focal_gamma": LossArgument("gamma", ("inverse_focal",)),
+    "dual_focal_gamma": LossArgument("gamma", ("dual_focal",)),
+    "smoothing": LossArgument("smoothing", ("label_smoothing", "adaptive_label_smoothing")),
+    "entropy_penalty": LossArgument("penalty", ("confidence_penalty",)),
+    "class_prior": LossArgument("prior", ("classwise_adafocal",)),
+    "gamma_initial": LossArgument("gamma_initial", ADAFOCAL_LOSSES),
+    "gamma_lambda": LossArgument("lambda_", ADAFOCAL_LOSSES),
+    "gamma_switch": LossArgument("switch", ADAFOCAL_LOSSES),
+    "gamma_min": LossArgument("gamma_min", ADAFOCAL_LOSSES),
+    "gamma_max": LossArgument("gamma_max", ADAFOCAL_LOSSES),
+}
+# Arguments of the callback that steers adaptive label smoothing.
+STEERING_ARGUMENTS = ("calibration_steps", "calibration_samples", "steering_gain")
+
+
+def _argument(help: str, **metadata: Any) -> Any:
+    return field(default=None, metadata={"help": help, **metadata})
 
 
 @dataclass
 class AdaFocalTrainingArguments(TrainingArguments):
-    """`TrainingArguments` plus the loss, its settings and the calibration split.
+    """`TrainingArguments` plus the loss, its settings, and what is held out for calibration.
 
-    With nothing said, the loss is label smoothing steered by the temperature of the calibration set, which is ours.
-    `update_rule="paper"` is AdaFocal as its paper has it. By the paper's rule gamma moves once per evaluation, so
-    `eval_strategy` is "epoch" unless you choose otherwise.
+    With nothing said, the loss is AdaFocal by its paper's rule: 15 bins of equal mass, gamma 1 at the start, an update
+    per evaluation of the calibration set.
 
     Attributes:
-        loss_by_default: Nothing was said of the loss.
+        greater_is_better: False for `metric_for_best_model` among our metrics that fall as a model improves (`ece`,
+            `ada_ece`, `nll`, `brier`, `refinement`), unless you say otherwise.
 
     Raises:
-        ValueError: If `loss`, `update_rule` or `split_overlap` is unknown or two of them do not go
-            together, or `calibration_fraction` is not in [0, 1), or if `streaming_calibration` cannot feed the loss.
+        ValueError: If a choice is unknown, a number is NaN or out of range, or a setting belongs to a loss that is not
+            in use.
+
+    >>> AdaFocalTrainingArguments("out", use_cpu=True).build_loss()
+    AdaFocalLoss(num_bins=15, gamma_initial=1.0, lambda_=1.0, switch=0.2, gamma_min=-2.0, gamma_max=20.0)
     """
 
-    loss: str | None = field(
-        default=None,
+    loss: str = field(
+        default=DEFAULT_LOSS, metadata={"help": f"The training loss: {', '.join(LOSSES)}.", "choices": list(LOSSES)}
+    )
+    loss_reduction: str = field(
+        default="mean",
         metadata={
-            "help": f"The training loss: {', '.join(LOSSES)}. Left out: adafocal if update_rule is given, else "
-            f"{DEFAULT_LOSS}.",
-            "choices": list(LOSSES),
+            "help": "Mean over the samples of an optimizer step, or their sum as in the code of AdaFocal's authors "
+            "(which also clips gradients: max_grad_norm=2).",
+            "choices": list(REDUCTIONS),
         },
     )
-    num_bins: int = field(default=15, metadata={"help": "Bins of AdaFocal's table and of eval_ece and eval_ada_ece."})
-    focal_gamma: float = field(default=3.0, metadata={"help": "Gamma of loss='focal'; below 0 is inverse focal loss."})
-    update_rule: str | None = field(
-        default=None,
+    num_bins: int = field(
+        default=DEFAULT_BINS, metadata={"help": "Bins of AdaFocal's table and of eval_ece and eval_ada_ece."}
+    )
+    class_weights: str | None = _argument(
+        "Weight of each class in the loss: balanced (from the training labels), or numbers separated by commas."
+    )
+    focal_gamma: float | None = _argument("Gamma of loss='focal' (default 3); below 0 it is inverse focal loss.")
+    gamma_initial: float | None = _argument("AdaFocal's gamma before the first update (default 1).")
+    gamma_lambda: float | None = _argument("Step size of AdaFocal's update (default 1).")
+    gamma_switch: float | None = _argument("Where AdaFocal switches to inverse focal loss, S_th (default 0.2).")
+    gamma_min: float | None = _argument("AdaFocal's lowest gamma (default -2).")
+    gamma_max: float | None = _argument("AdaFocal's highest gamma (default 20).")
+    class_prior: float | None = _argument(
+        "Held-out samples of a class at which loss='classwise_adafocal' trusts its own table by half (default 150)."
+    )
+    inverse_focal_gamma: float | None = _argument("Gamma of loss='inverse_focal', not negative (default 2).")
+    dual_focal_gamma: float | None = _argument("Gamma of loss='dual_focal' (default 5).")
+    smoothing: float | None = _argument(
+        "Epsilon of loss='label_smoothing' (default 0.05), and of loss='adaptive_label_smoothing' at the start "
+        "(default 0); in [-0.1, 0.5], below 0 it sharpens."
+    )
+    entropy_penalty: float | None = _argument("Beta of loss='confidence_penalty' (default 0.1).")
+    auxiliary_weight: float | None = _argument(
+        f"Weight of the batch term in loss={'/'.join(BATCH_LOSSES)} (default: that of its authors)."
+    )
+    auxiliary_base: str | None = _argument(
+        f"The per-sample loss that the batch term is added to (default {DEFAULT_BASE}); it has its own arguments.",
+        choices=list(PER_SAMPLE_LOSSES),
+    )
+    steering_gain: float | None = _argument(
+        "How much loss='adaptive_label_smoothing' moves epsilon over a run per unit of log temperature (default 2)."
+    )
+    calibration_steps: int | None = _argument(
+        "Optimizer steps between updates of loss='adaptive_label_smoothing' (default: from the run's length)."
+    )
+    calibration_samples: int | None = _argument(
+        "Calibration samples of an update of loss='adaptive_label_smoothing' (default: from the run's length)."
+    )
+    calibration_fraction: float | None = _argument(
+        "Share of the training set to hold out as the calibration set, stratified by label. Left out: 0.1 if there is "
+        "no other held-out set and the loss needs one; 0 never holds out."
+    )
+    calibrate_at_end: bool = field(
+        default=False,
         metadata={
-            "help": "What moves the loss. paper (AdaFocal): the gap of each bin, once an evaluation. temperature "
-            "(adaptive_label_smoothing): the temperature of a slice of the calibration set, some ten times a run.",
-            "choices": list(UPDATE_RULES),
+            "help": "After training fit a temperature on the calibration set and fold it into the classifier's last "
+            "layer, if a likelihood-ratio test finds it different from 1."
         },
-    )
-    calibration_steps: int | None = field(
-        default=None,
-        metadata={"help": "Steps between updates of the temperature rule; from the run's length if left out."},
-    )
-    calibration_samples: int | None = field(
-        default=None,
-        metadata={"help": "Calibration samples of such an update; from the run's length if left out."},
-    )
-    steering_gain: float | None = field(
-        default=None,
-        metadata={
-            "help": "Change of the eps of adaptive_label_smoothing over a run per unit of log T: 2 if left out, 0 for "
-            "none."
-        },
-    )
-    gamma_initial: float | None = field(
-        default=None,
-        metadata={"help": "AdaFocal's gamma before the first update: 1 if left out."},
-    )
-    gamma_lambda: float = field(default=1.0, metadata={"help": "Step size of AdaFocal's update."})
-    gamma_switch: float = field(default=0.2, metadata={"help": "Where AdaFocal switches to inverse focal (S_th)."})
-    gamma_min: float = field(default=-2.0, metadata={"help": "AdaFocal's lowest gamma."})
-    gamma_max: float = field(default=20.0, metadata={"help": "AdaFocal's highest gamma."})
-    class_prior: float = field(
-        default=150.0,
-        metadata={"help": "Held-out samples of a class at which loss='classwise_adafocal' trusts its table by half."},
-    )
-    inverse_focal_gamma: float = field(
-        default=2.0, metadata={"help": "Gamma of loss='inverse_focal' as its paper writes it: not negative."}
-    )
-    dual_focal_gamma: float = field(default=5.0, metadata={"help": "Gamma of loss='dual_focal'."})
-    smoothing: float = field(
-        default=0.05, metadata={"help": "Epsilon of loss='label_smoothing', in [-0.1, 0.5]; below 0 it sharpens."}
-    )
-    entropy_penalty: float = field(default=0.1, metadata={"help": "Beta of loss='confidence_penalty'."})
-    auxiliary_weight: float | None = field(
-        default=None,
-        metadata={"help": f"Weight of the term of a batch in loss={'/'.join(TERMS)}; its authors' if left out."},
-    )
-    auxiliary_base: str = field(
-        default="cross_entropy",
-        metadata={
-            "help": "The loss of single samples that the term of a batch joins; it has its own arguments.",
-            "choices": list(PER_SAMPLE_LOSSES),
-        },
-    )
-    calibration_fraction: float = field(
-        default=0.0, metadata={"help": "Share of the training set to hold out as the calibration set, stratified."}
     )
     split_overlap: str = field(
-        default="error",
+        default="drop",
         metadata={
-            "help": "What rows are that train, calibration and test share by content: an error, a warning (warn), or "
-            "never looked for (skip), for sets too large to be read once more.",
+            "help": "What to do if training rows also stand in a held-out set: drop, error, warn, skip (do not look).",
             "choices": list(POLICIES),
         },
     )
-    streaming_calibration: bool = field(
-        default=False,
-        metadata={"help": "Evaluate with a histogram of fixed size, for many millions of tokens or pixels."},
-    )
-    eval_strategy: IntervalStrategy | str = field(
-        default="epoch", metadata={"help": "When to evaluate, and so to move gamma: epoch, steps or no."}
+    streaming_calibration: bool | None = _argument(
+        "Evaluate with a histogram of fixed size instead of keeping every sample (default: from 4 million tokens or "
+        "pixels on)."
     )
 
-    def __post_init__(self):
-        self.loss_by_default = self.loss is None and self.update_rule is None
-        if self.loss is None:
-            self.loss = DEFAULT_LOSS if self.loss_by_default else "adafocal"
-        if self.loss not in LOSSES:
-            raise ValueError(f"loss must be one of {', '.join(LOSSES)}; found {self.loss!r}.")
-        if self.auxiliary_base not in PER_SAMPLE_LOSSES:
-            raise ValueError(
-                f"auxiliary_base must be one of {', '.join(PER_SAMPLE_LOSSES)}; found {self.auxiliary_base!r}."
-            )
-        self._check_rule()
-        if not 0 <= self.calibration_fraction < 1:
-            raise ValueError(f"calibration_fraction must lie in [0, 1), found {self.calibration_fraction}.")
-        if self.split_overlap not in POLICIES:
-            raise ValueError(f"split_overlap must be one of {', '.join(POLICIES)}; found {self.split_overlap!r}.")
-        refuse_streaming(self.streaming_calibration, PER_SAMPLE_LOSSES[self._sample_loss])
+    def __post_init__(self) -> None:
+        self._check_choices()
+        self._check_numbers()
+        self.check_loss_settings()
+        if self.greater_is_better is None and is_lower_better(self.metric_for_best_model or ""):
+            self.greater_is_better = False
         super().__post_init__()
 
     @property
+    def per_sample_loss(self) -> str:
+        """Name of the loss, or of the base that a batch term is added to."""
+        return (self.auxiliary_base or DEFAULT_BASE) if self.loss in BATCH_LOSSES else self.loss
+
+    @property
     def loss_settings(self) -> dict[str, Any]:
-        """Arguments of the loss, as `registry.build_loss` takes them."""
-        if self.loss not in TERMS:
+        """Arguments of the loss as `build_loss` takes them, defaults included."""
+        if self.loss not in BATCH_LOSSES:
             return self._settings_of(self.loss)
-        weight = TERMS[self.loss].weight if self.auxiliary_weight is None else self.auxiliary_weight
-        base = {"name": self.auxiliary_base, **self._settings_of(self.auxiliary_base)}
+        weight = LOSSES[self.loss]().auxiliary_weight if self.auxiliary_weight is None else self.auxiliary_weight
+        base = {"name": self.per_sample_loss, **self._settings_of(self.per_sample_loss)}
         return {"auxiliary_weight": weight, "base": base}
 
     def _settings_of(self, loss: str) -> dict[str, Any]:
-        settings = {
-            "focal": {"gamma": self.focal_gamma},
-            "inverse_focal": {"gamma": self.inverse_focal_gamma},
-            "dual_focal": {"gamma": self.dual_focal_gamma},
-            "label_smoothing": {"smoothing": self.smoothing},
-            "confidence_penalty": {"penalty": self.entropy_penalty},
-            "classwise_adafocal": {"prior": self.class_prior},
-        }.get(loss, {})
-        if getattr(PER_SAMPLE_LOSSES[loss], "follows", None) == "bins":
-            settings |= {
-                "num_bins": self.num_bins,
-                "gamma_initial": 1.0 if self.gamma_initial is None else self.gamma_initial,
-                "lambda_": self.gamma_lambda,
-                "switch": self.gamma_switch,
-                "gamma_min": self.gamma_min,
-                "gamma_max": self.gamma_max,
-            }
+        settings = {"num_bins": self.num_bins} if loss in ADAFOCAL_LOSSES else {}
+        for name, argument in LOSS_ARGUMENTS.items():
+            if loss in argument.losses:
+                given = getattr(self, name)
+                settings[argument.keyword] = _default_of(loss, argument.keyword) if given is None else given
         return settings
 
-    def build_loss(self) -> nn.Module:
-        """The loss these arguments describe, freshly initialised.
+    def build_loss(self, weight: Tensor | None = None, ignore_index: int = -100) -> nn.Module:
+        """Build the loss these arguments describe, freshly initialised.
+
+        Args:
+            weight: Weight of each class, shape `(C,)`.
+            ignore_index: Label of samples that do not count.
 
         Raises:
             ValueError: If a setting of the loss is out of range.
         """
-        return build_loss(self.loss, **self.loss_settings)
+        settings = self.loss_settings
+        common = {"ignore_index": ignore_index, **({} if weight is None else {"weight": weight})}
+        if "base" in settings:
+            return build_loss(self.loss, **{**settings, "base": {**settings["base"], **common}})
+        return build_loss(self.loss, **settings, **common)
 
-    @property
-    def rule(self) -> str | None:
-        """The update rule of the loss: `update_rule`, or the one for this loss; None if nothing moves."""
-        loss_type = PER_SAMPLE_LOSSES[self._sample_loss]
-        return {"temperature": "temperature", "bins": "paper"}.get(getattr(loss_type, "follows", None))
+    def parsed_class_weights(self) -> str | list[float] | None:
+        """`class_weights` as "balanced", a list of numbers, or None.
 
-    def _check_rule(self) -> None:
-        if self.update_rule not in (None, *UPDATE_RULES):
-            raise ValueError(f"update_rule must be one of {', '.join(UPDATE_RULES)}; found {self.update_rule!r}.")
-        only = self.rule
-        if only is not None and self.update_rule not in (None, only):
+        Raises:
+            ValueError: If it is none of these.
+        """
+        given = self.class_weights
+        if given in (None, "balanced"):
+            return given
+        try:
+            weights = [float(part) for part in (given.split(",") if isinstance(given, str) else given)]
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"class_weights must be 'balanced' or one number per class, found {given!r}.") from error
+        if not weights or not all(0 <= weight < math.inf for weight in weights) or not any(weights):
+            raise ValueError(f"class_weights must be finite numbers from 0, not all of them 0, found {given!r}.")
+        return weights
+
+    def check_loss_settings(self) -> None:
+        """Check that every setting given belongs to the loss in use.
+
+        Raises:
+            ValueError: If one would be ignored; the error names it and the losses that take it.
+        """
+        used = {self.loss, self.per_sample_loss}
+        for name, argument in LOSS_ARGUMENTS.items():
+            self._check_used(name, used & set(argument.losses), argument.losses)
+        for name in STEERING_ARGUMENTS:
+            losses = ("adaptive_label_smoothing",)
+            self._check_used(name, used & set(losses), losses)
+        for name in ("auxiliary_weight", "auxiliary_base"):
+            self._check_used(name, used & set(BATCH_LOSSES), BATCH_LOSSES)
+
+    def _check_used(self, name: str, users: set[str], losses: tuple[str, ...]) -> None:
+        if getattr(self, name) is not None and not users:
             raise ValueError(
-                f"{self._sample_loss} moves by the {only} rule alone, found update_rule={self.update_rule!r}. "
-                "Leave it out."
+                f"{name}={getattr(self, name)!r} would be ignored: it is a setting of loss={' or '.join(losses)}, and "
+                f"the loss is {self.loss!r}. Leave it out, or choose that loss."
             )
-        for name in ("calibration_steps", "calibration_samples"):
+
+    def _check_choices(self) -> None:
+        choices: Mapping[str, Any] = {
+            "loss": LOSSES,
+            "loss_reduction": REDUCTIONS,
+            "split_overlap": POLICIES,
+            "auxiliary_base": (None, *PER_SAMPLE_LOSSES),
+        }
+        for name, allowed in choices.items():
+            if getattr(self, name) not in allowed:
+                known = ", ".join(choice for choice in allowed if choice is not None)
+                raise ValueError(f"{name} must be one of {known}; found {getattr(self, name)!r}.")
+        self.parsed_class_weights()
+
+    def _check_numbers(self) -> None:
+        for own in dataclasses.fields(AdaFocalTrainingArguments):
+            value = getattr(self, own.name)
+            if (
+                own.name in AdaFocalTrainingArguments.__annotations__
+                and isinstance(value, float)
+                and math.isnan(value)
+            ):
+                raise ValueError(f"{own.name} must be a number, found NaN.")
+        for name in ("num_bins", "calibration_steps", "calibration_samples"):
             number = getattr(self, name)
             if number is not None and number < 1:
                 raise ValueError(f"{name} must be at least 1, found {number}.")
-        if self.steering_gain is not None and not 0 <= self.steering_gain < float("inf"):
+        if self.steering_gain is not None and not 0 <= self.steering_gain < math.inf:
             raise ValueError(f"steering_gain must be a finite number from 0, found {self.steering_gain}.")
-
-    @property
-    def _sample_loss(self) -> str:
-        return self.auxiliary_base if self.loss in TERMS else self.loss
+        if self.calibration_fraction is not None and not 0 <= self.calibration_fraction < 1:
+            raise ValueError(f"calibration_fraction must lie in [0, 1), found {self.calibration_fraction}.")
 
 
-def refuse_streaming(streaming: bool, loss_type: type) -> None:
-    """Check that a loss's table can move when evaluations are kept in a histogram.
-
-    Raises:
-        ValueError: If the loss needs statistics of single classes.
-    """
-    if streaming and getattr(loss_type, "needs_class_statistics", False):
-        raise ValueError(
-            "classwise_adafocal needs statistics of single classes, and streaming_calibration keeps one histogram for "
-            "all of them. Set streaming_calibration=False (32 bytes a sample), or train with loss='adafocal'."
-        )
+def _default_of(loss: str, keyword: str) -> Any:
+    """Default of a keyword in the constructors of a loss, the nearest one in its class hierarchy."""
+    for kind in PER_SAMPLE_LOSSES[loss].__mro__:
+        parameter = inspect.signature(kind.__init__).parameters.get(keyword)
+        if parameter is not None:
+            return parameter.default
+    raise LookupError(f"{loss} has no argument {keyword}")  # a mistake in LOSS_ARGUMENTS

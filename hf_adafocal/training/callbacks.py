@@ -1,4 +1,4 @@
-"""When a loss moves, and how its table survives in a checkpoint."""
+"""Callbacks that move a loss during training and keep its adaptive state in checkpoints."""
 
 import copy
 import math
@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from torch import Tensor
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
 from transformers import TrainerCallback
+from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
 from hf_adafocal.training.checkpoints import STATE_FILE, read_state
@@ -17,10 +19,12 @@ from hf_adafocal.training.smoothing_control import Schedule, gain_of_update, log
 logger = logging.get_logger(__name__)
 
 STATE_KEY = "adafocal"  # in the `stateful_callbacks` of trainer_state.json
+TRACED = ("gammas", "smoothing")  # entries of a loss's table that its history keeps
+FEW_UPDATES = 20  # with fewer, gamma hardly leaves its initial value
 
 
-def saved_table(checkpoint: str | Path) -> Any:
-    """What a checkpoint says of AdaFocal's table, unchecked; None if it says nothing.
+def saved_adaptive_state(checkpoint: str | Path) -> Any:
+    """Read the state of an adaptive loss from a checkpoint, unchecked; None if it holds none.
 
     Raises:
         ValueError: If its `trainer_state.json` cannot be read.
@@ -28,8 +32,30 @@ def saved_table(checkpoint: str | Path) -> Any:
     return read_state(checkpoint)["stateful_callbacks"].get(STATE_KEY)
 
 
+class FirstStepCheck(TrainerCallback):
+    """Call a function after the first step of each training run.
+
+    Args:
+        check: Takes no argument; what it raises ends the run.
+    """
+
+    def __init__(self, check: Callable[[], None]) -> None:
+        self.check = check
+        self._done = False
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        """Wait for the first step."""
+        self._done = False
+
+    def on_step_end(self, args, state, control, **kwargs):
+        """Call it once."""
+        if not self._done:
+            self._done = True
+            self.check()
+
+
 class SaveAfterEvaluation(TrainerCallback):
-    """Makes a checkpoint that falls on the last step of an epoch wait for what the end of the epoch brings.
+    """Postpone a checkpoint on the last step of an epoch until the evaluation at the epoch's end is done.
 
     `save_strategy="steps"` would save before the evaluation of `eval_strategy="epoch"`, and a run resumed from there
     would never hold that evaluation: one update of gamma would be lost.
@@ -39,7 +65,7 @@ class SaveAfterEvaluation(TrainerCallback):
         self._postponed = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Take back the request to save if the epoch or the training ends with this step."""
+        """Withdraw the request to save if the epoch or the training ends with this step."""
         if control.should_save and (control.should_training_stop or state.epoch == int(state.epoch)):
             control.should_save, self._postponed = False, True
 
@@ -48,34 +74,25 @@ class SaveAfterEvaluation(TrainerCallback):
         control.should_save, self._postponed = control.should_save or self._postponed, False
 
 
-class EpochBegin(TrainerCallback):
-    """Calls a function as each epoch begins, also where a run resumes within one.
+class AdaptiveStateCallback(SaveAfterEvaluation):
+    """Save and restore the loss's adaptive state in checkpoints.
 
-    Args:
-        function: Takes no argument, as the `forget` of a `CombinedLoss`.
-    """
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self.function = function
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        """Call it."""
-        self.function()
-
-
-class TableCallback(SaveAfterEvaluation):
-    """Keeps what follows held-out data, an AdaFocal table or an eps, in the checkpoints, and brings it back.
-
-    It is plain JSON under `stateful_callbacks` of `trainer_state.json`, and this object restores the loss from it when
-    training begins, whether or not `restore_callback_states_from_checkpoint` is set. It does not use
+    The state is plain JSON under `stateful_callbacks` of `trainer_state.json`: the loss's table, the number of
+    updates, and the history of what was traced, with a point at the step where training began. The loss is restored
+    from it when training begins, whether or not `restore_callback_states_from_checkpoint` is set. It does not use
     `ExportableState`: with that flag transformers would replace it by a copy built from JSON alone, which could not
     hold the loss. (With the flag transformers warns that it ignores "adafocal"; the restored table is logged after.)
 
     With `load_best_model_at_end` the best checkpoint's weights come back with its table when training ends.
 
     Args:
-        loss: Its `table`, `set_table`, `reset` and `readings` are used.
-        log: Receives what the loss reads after each update, `{"gamma_00": ..., ...}`, as `Trainer.log` does.
+        loss: An `AdaptiveLoss`.
+        log: Receives the loss's readings after each update, as `Trainer.log` does.
+
+    Attributes:
+        updates: Number of updates so far.
+        history: `{"step": ..., "gammas": [...]}` or `{"step": ..., "smoothing": ...}` at the start and after each
+            update.
     """
 
     def __init__(self, loss: Any, log: Callable[[dict[str, float]], None] | None = None) -> None:
@@ -83,18 +100,21 @@ class TableCallback(SaveAfterEvaluation):
         self.loss = loss
         self.log = log
         self.updates = 0
+        self.history: list[dict[str, Any]] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Start from the checkpoint's table if there is one, else from a fresh one."""
-        self.loss.to(args.device)
+        """Restore the checkpoint's state if there is one, else reset the loss."""
+        if isinstance(self.loss, nn.Module):
+            self.loss.to(args.device)
         saved = state.stateful_callbacks.get(STATE_KEY)
         if saved is not None:
-            self.check_table(saved, f"{STATE_FILE} of the checkpoint of step {state.global_step}")
-            self._set_table(saved)
-            logger.info(f"Restored AdaFocal's table after {self.updates} updates from the checkpoint.")
+            self.check_saved(saved, f"{STATE_FILE} of the checkpoint of step {state.global_step}")
+            self._restore(saved)
+            logger.info(f"Restored the loss's table after {self.updates} updates from the checkpoint.")
         else:
             self.loss.reset()
-            self.updates = 0
+            self.updates, self.history = 0, []
+            self._trace(state)
             if state.global_step > 0:
                 logger.warning(
                     f"The checkpoint of step {state.global_step} was not saved by a run with AdaFocalCallback: it has "
@@ -104,37 +124,47 @@ class TableCallback(SaveAfterEvaluation):
         self._export(state)
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Take the best checkpoint's table if its weights were loaded."""
+        """Restore the best checkpoint's table if its weights were loaded."""
         best = state.best_model_checkpoint
         if not args.load_best_model_at_end or best is None:
             return
-        saved = saved_table(best)
+        saved = _read_on_main_process(best, state.is_world_process_zero)
         if saved is None:
-            logger.warning(f"{best} has no table of AdaFocal, so gammas stay those of step {state.global_step}.")
+            logger.warning(f"{best} has no table of the loss, so it stays that of step {state.global_step}.")
             return
-        self.check_table(saved, str(Path(best) / STATE_FILE))
-        self._set_table(saved)
+        self.check_saved(saved, str(Path(best) / STATE_FILE))
+        self._restore(saved)
         self._export(state)
-        logger.info(f"Restored AdaFocal's table after {self.updates} updates from the best checkpoint, {best}.")
+        logger.info(f"Restored the loss's table after {self.updates} updates from the best checkpoint, {best}.")
 
     def note_update(self, state, **readings: float) -> None:
         """Keep and log what the loss has become."""
         self.updates += 1
+        self._trace(state)
         self._export(state)
         if self.log is not None:
             gammas = self.loss.table().get("gammas", ())
             of_bins = {f"gamma_{index:02d}": gamma for index, gamma in enumerate(gammas)}
             self.log({**(of_bins or self.loss.readings()), **readings})
 
+    def _trace(self, state) -> None:
+        table = self.loss.table()
+        traced = {name: table[name] for name in TRACED if name in table}
+        self.history.append({"step": state.global_step, **traced})
+
     def _export(self, state) -> None:
-        state.stateful_callbacks[STATE_KEY] = {**self.loss.table(), "updates": self.updates}
+        state.stateful_callbacks[STATE_KEY] = {
+            **self.loss.table(),
+            "updates": self.updates,
+            "history": list(self.history),
+        }
 
-    def _set_table(self, saved: dict) -> None:
+    def _restore(self, saved: dict) -> None:
         self.loss.set_table(**{name: saved[name] for name in self.loss.table()})
-        self.updates = saved["updates"]
+        self.updates, self.history = saved["updates"], list(saved["history"])
 
-    def check_table(self, saved: Any, source: str) -> None:
-        """Check that a table from a checkpoint fits the loss; change nothing.
+    def check_saved(self, saved: Any, source: str) -> None:
+        """Check that the state in a checkpoint fits the loss; change nothing.
 
         Args:
             saved: What stands under `stateful_callbacks` in `trainer_state.json`.
@@ -144,92 +174,143 @@ class TableCallback(SaveAfterEvaluation):
             ValueError: If a field is missing, has the wrong length, or is not what a run writes.
         """
         where = f"stateful_callbacks.{STATE_KEY}"
-        advice = "Resume with the settings of the saved run (loss, update_rule, num_bins), or from another checkpoint."
+        advice = "Resume with the settings of the saved run (loss, num_bins), or from another checkpoint."
         if not isinstance(saved, dict):
             raise ValueError(f"{where} in {source} must be an object, found {saved!r}. {advice}")
-        missing = {*self.loss.table(), "updates"} - saved.keys()
+        missing = {*self.loss.table(), "updates", "history"} - saved.keys()
         if missing:
             raise ValueError(f"{where} in {source} lacks {sorted(missing)}. {advice}")
-        for name, own in self.loss.table().items():
-            values, size = saved[name], len(own) if isinstance(own, list) else None
-            if name in ("edges", "gammas") and not (
-                isinstance(values, list) and len(values) == size and all(map(_is_finite, values))
-            ):
-                raise ValueError(
-                    f"{where}.{name} in {source} must be {size} finite numbers for {self.loss.num_bins} bins, "
-                    f"found {values}. {advice}"
-                )
-            if name == "edges" and values != sorted(values):
-                raise ValueError(f"{where}.edges in {source} must ascend, found {values}. {advice}")
-        try:  # what is left: tables of classes, or an eps
+        try:
             copy.deepcopy(self.loss).set_table(**{name: saved[name] for name in self.loss.table()})
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, RuntimeError) as error:
             raise ValueError(f"{where} in {source} does not fit this run's loss: {error} {advice}") from error
-        updates = saved["updates"]
+        updates, history = saved["updates"], saved["history"]
         if type(updates) is not int or updates < 0:
             raise ValueError(f"{where}.updates in {source} must be a whole number from 0, found {updates!r}. {advice}")
+        if not isinstance(history, list) or not all(isinstance(entry, dict) and "step" in entry for entry in history):
+            raise ValueError(f"{where}.history in {source} must be a list of updates, found {history!r}. {advice}")
 
 
-class AdaFocalCallback(TableCallback):
-    """Updates an AdaFocal loss after each evaluation of its calibration set, while the model trains: the paper's rule.
+class AdaFocalCallback(AdaptiveStateCallback):
+    """Update an AdaFocal loss after each evaluation of its calibration set while the model trains, as the paper does.
 
     The first update follows the first training steps: `eval_on_start`, and evaluations that you call yourself before
     or after training, move nothing.
 
+    For a stock `Trainer`: give it the loss as `compute_loss_func`, a `CalibrationMetrics` as `compute_metrics`, and
+    this callback. The calibration set is then the evaluation set, or the entry "calibration" of several.
+
     Args:
-        loss: The `AdaFocalLoss` in use; its `update_from`, and what `TableCallback` needs, are used.
+        loss: An `AdaptiveLoss` that follows bins, such as `AdaFocalLoss`.
         calibrate: Returns the calibration set's statistics under the current model, with `edges` and `gap`; None if
             the evaluation just made was not the one to wait for after all, and gamma stays.
-        metric_key_prefix: Prefix of the evaluation to wait for: "eval", or "eval_<name>" for a dict of datasets.
-        log: As in `TableCallback`.
+        metric_key_prefix: Prefix of the evaluation to wait for; "eval" or "eval_calibration" if left out.
+        log: As in `AdaptiveStateCallback`.
+        evaluate: Called at the end of each epoch when `eval_strategy` is "no", to evaluate the calibration set.
+
+    Raises:
+        ValueError: As training begins, if nothing would ever be evaluated; after an epoch, if no evaluation was of
+            the calibration set.
     """
 
     def __init__(
         self,
         loss: Any,
         calibrate: Callable[[], Any],
-        metric_key_prefix: str = "eval",
+        metric_key_prefix: str | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
+        evaluate: Callable[[], Any] | None = None,
     ) -> None:
         super().__init__(loss, log)
         self.calibrate = calibrate
-        self.metric_key_prefix = metric_key_prefix
+        self.prefixes = ("eval", "eval_calibration") if metric_key_prefix is None else (metric_key_prefix,)
+        self.evaluate = evaluate
         self._training = False
         self._first_step = 0
+        self._missed: set[str] = set()  # prefixes of evaluations that moved nothing
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """As `TableCallback`; evaluations count from now on."""
+        """Restore the state; evaluations count from now on."""
+        if args.eval_strategy == IntervalStrategy.NO and self.evaluate is None:
+            raise ValueError(
+                "Gamma moves when the trainer evaluates, but eval_strategy is 'no', so it would never move. Set "
+                "eval_strategy='epoch' or 'steps', or train with AdaFocalTrainer."
+            )
         super().on_train_begin(args, state, control, **kwargs)
         self._training, self._first_step = True, state.global_step
+        self._missed = set()
+        self._describe(args, state)
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        """Refuse to go on if an epoch's evaluations were all of other sets."""
+        if self._missed and self.updates == 0:
+            raise ValueError(
+                f"Gamma has not moved: the evaluations were of {sorted(self._missed)}, none of "
+                f"{' or '.join(map(repr, self.prefixes))}. Name the calibration set's entry of eval_dataset "
+                "'calibration', or say metric_key_prefix."
+            )
+
+    def on_epoch_end(self, args, state, control, **kwargs):
+        """Evaluate the calibration set if the Trainer never does."""
+        super().on_epoch_end(args, state, control, **kwargs)
+        if args.eval_strategy == IntervalStrategy.NO and self.evaluate is not None:
+            saving, logging_ = control.should_save, control.should_log  # an evaluation inside takes them back
+            self.evaluate()
+            control.should_save, control.should_log = saving, logging_
 
     def on_train_end(self, args, state, control, **kwargs):
-        """As `TableCallback`; later evaluations leave gamma alone."""
+        """Restore the best checkpoint's table; later evaluations leave gamma alone."""
         self._training = False
         super().on_train_end(args, state, control, **kwargs)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Move gamma if this was the evaluation to wait for."""
-        ours = f"{self.metric_key_prefix}_runtime" in (metrics or {})  # the Trainer adds it to every evaluation
-        if not (ours and self._training and state.global_step > self._first_step):  # also not `eval_on_start`
+        if not self._training or state.global_step <= self._first_step:  # also `eval_on_start`
+            return
+        # The Trainer adds a run time to the metrics of every evaluation.
+        evaluated = {name.removesuffix("_runtime") for name in metrics or {} if name.endswith("_runtime")}
+        if not evaluated & set(self.prefixes):
+            self._missed |= evaluated
             return
         stats = self.calibrate()
         if stats is not None:
             self.loss.update_from(stats)
             self.note_update(state)
 
+    def _describe(self, args, state) -> None:
+        """Say how often gamma will move, and what few updates mean."""
+        expected = expected_evaluations(args, state)
+        text = f"{type(self.loss).__name__} with {self.loss.num_bins} bins: gamma will move {expected} times"
+        if expected >= FEW_UPDATES:
+            logger.info(f"{text}.")
+        else:
+            logger.warning(
+                f"{text}, too few to leave its start far behind: expect the calibration of a focal loss with gamma "
+                f"{self.loss.readings().get('gamma_mean', 1.0):g}. More evaluations (eval_strategy='steps', a smaller "
+                "eval_steps), or a temperature at the end (calibrate_at_end=True of AdaFocalTrainingArguments), help."
+            )
 
-class TemperatureCallback(TableCallback):
-    """Steers a loss by the temperature of slices of the calibration set, some ten times a run: our rule.
+
+def expected_evaluations(args: Any, state: Any) -> int:
+    """How many evaluations a training run makes from its start to its end."""
+    if args.eval_strategy == IntervalStrategy.STEPS:
+        every = state.eval_steps or args.eval_steps
+        return int(state.max_steps // max(every, 1)) if every and every >= 1 else 0
+    return math.ceil(state.num_train_epochs)
+
+
+class SmoothingCallback(AdaptiveStateCallback):
+    """Steer label smoothing by the temperature of slices of the calibration set, some ten times a run.
 
     Args:
-        loss: Its `steer`, and what `TableCallback` needs, are used.
-        measure: From the indices of calibration samples to their `steering.temperature_sums` under the current model,
-            over all processes.
+        loss: An `AdaptiveLoss` that follows the temperature.
+        measure: From indices of calibration samples to their `temperature_sums` under the current model, over all
+            processes.
         calibration_size: Samples of the calibration set.
         gain: What the loss moves over a run per unit of log T; the `steering_gain` of the loss if left out.
         every: Optimizer steps from one update to the next; from the run's length if left out.
         samples: Calibration samples of one update; from the run's length if left out.
-        log: As in `TableCallback`; the temperature of each slice is logged too.
+        log: As in `AdaptiveStateCallback`; the temperature of each slice is logged too.
     """
 
     def __init__(
@@ -245,12 +326,12 @@ class TemperatureCallback(TableCallback):
         super().__init__(loss, log)
         self.measure, self.calibration_size = measure, calibration_size
         self.gain, self.every, self.samples = gain, every, samples
-        self.plan = Schedule((), 1)
+        self.schedule = Schedule((), 1)
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """As `TableCallback`, and plan the run."""
+        """Restore the state, and schedule the updates of the run."""
         super().on_train_begin(args, state, control, **kwargs)
-        self.plan = schedule(
+        self.schedule = schedule(
             state.max_steps,
             args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             self.calibration_size,
@@ -258,25 +339,40 @@ class TemperatureCallback(TableCallback):
             self.samples,
             args.world_size,
         )
-        if not self.plan.steps:
+        if not self.schedule.steps:
             logger.warning(
                 f"A run of {state.max_steps} steps is too short to steer the loss: it stays at {self.loss.readings()}."
             )
+        else:
+            logger.info(
+                f"{type(self.loss).__name__}: smoothing will move {len(self.schedule.steps)} times, each on "
+                f"{self.schedule.slice_size} calibration samples."
+            )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Move the loss if the plan says so."""
+        """Move the loss if the schedule says so."""
         super().on_step_end(args, state, control, **kwargs)
-        if state.global_step not in self.plan.steps:
+        if state.global_step not in self.schedule.steps:
             return
-        update = self.plan.steps.index(state.global_step)
+        update = self.schedule.steps.index(state.global_step)
         seed = args.seed if args.data_seed is None else args.data_seed
-        log_t = log_temperature(self.measure(self.plan.slice(update, self.calibration_size, seed)))
+        log_t = log_temperature(self.measure(self.schedule.slice(update, self.calibration_size, seed)))
         gain = self.loss.steering_gain if self.gain is None else self.gain
-        self.loss.steer(gain_of_update(gain, update, len(self.plan.steps)) * log_t)
+        self.loss.steer(gain_of_update(gain, update, len(self.schedule.steps)) * log_t)
         should_log = control.should_log  # of the step's training loss; a log of ours would take it back
         self.note_update(state, slice_temperature=math.exp(log_t))
         control.should_log = should_log
 
 
-def _is_finite(value: Any) -> bool:
-    return type(value) in (int, float) and math.isfinite(value)
+def _read_on_main_process(checkpoint: str, is_main: bool) -> Any:
+    """The adaptive state in a checkpoint, read where it was written: machines need not share a disk."""
+    found: list[Any] = [None]
+    if is_main:
+        try:
+            found = [saved_adaptive_state(checkpoint)]
+        except ValueError as error:
+            found = [error]
+    broadcast_object_list(found)
+    if isinstance(found[0], ValueError):
+        raise found[0]
+    return found[0]

@@ -1,9 +1,8 @@
-"""Calibration in a training loop of your own: what `AdaFocalTrainer` does when it evaluates, as one call."""
+"""Calibration in a training loop without a Trainer: evaluate held-out data and move the loss, in one call."""
 
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import send_to_device
@@ -11,22 +10,16 @@ from torch import Tensor, nn
 
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.preserved_state import evaluating, random_state_kept
-from hf_adafocal.training.evaluation import (
-    IGNORED,
-    classes_last,
-    counted_rows,
-    equal_mass_statistics,
-    per_sample,
-    sample_metrics,
-    split_finite,
-)
+from hf_adafocal.training.model_conventions import logits_of
+from hf_adafocal.training.recorder import SampleCollector
+from hf_adafocal.training.sample_rows import IGNORED, check_counts, classes_last, sample_rows
 
 
 class Calibration(NamedTuple):
     """What `calibrate` measured.
 
     Attributes:
-        metrics: `accuracy`, `nll` (nats), `ece` and `ada_ece`.
+        metrics: `accuracy`, `nll` (nats), `brier`, `ece` and `ada_ece`.
         statistics: Equal-mass bins of the confidences; an AdaFocal table moved by their `edges` and `gap`,
             the tables of a `ClasswiseAdaFocalLoss` by their `class_gap` and `class_counts` too (None for others).
     """
@@ -41,43 +34,52 @@ def calibrate(
     loss: nn.Module | None = None,
     accelerator: Accelerator | None = None,
 ) -> Calibration:
-    """Measure a model's calibration on held-out data and, if the loss is an `AdaFocalLoss`, move its gammas.
+    """Measure a model's calibration on held-out data and, if the loss follows the gaps of bins, update it.
 
-    Call it once an epoch, on every process. The training that goes on afterwards is the same as without the call but
-    for the table: modes of the model's modules and the random state are put back.
+    Call it once per epoch, on every process. Training goes on as without the call but for the loss: modes of
+    the model's modules and the random state are put back.
 
     Args:
         model: Gets a batch's inputs without the labels; its output has `logits`, or is the logits: `(N, C)`,
-            `(N, L, C)` for token classification or `(N, C, H, W)` for segmentation.
+            `(N, L, C)` for token classification or `(N, C, d1, d2, ...)` for segmentation.
         dataloader: Yields dicts with `labels`, or pairs `(inputs, labels)`. With several processes
             `accelerator.prepare` must have prepared it; the samples that pad its last batch are not counted.
-        loss: An `AdaFocalLoss` to update, or a `CombinedLoss` with one as its base. Any other loss, or None, leaves
-            it at the metrics. Labels equal to its `ignore_index` (-100 if it has none) do not count.
+        loss: An `AdaFocalLoss` to update, or a `CombinedLoss` with one as its base. A loss that does not adapt, or
+            None, leaves it at the metrics. Labels equal to its `ignore_index` (-100 if it has none) do not count.
         accelerator: Needed with several processes: samples are gathered, so all of them compute the same table.
 
     Returns:
         Metrics and statistics of the model as it is, over all processes.
 
     Raises:
-        ValueError: If no label counts, logits are not finite, a batch has no labels, or the dataloader cannot be
-            gathered exactly. The table is then unchanged.
+        ValueError: If no label counts, logits are not finite, a batch has no labels, the dataloader cannot be gathered
+            exactly, or the loss adapts in a way that a loop cannot drive. The loss is then unchanged.
     """
+    adaptive = getattr(loss, "adaptive", None)
+    if adaptive is not None and adaptive.follows != "bins":
+        raise ValueError(
+            f"{type(adaptive).__name__} is steered during training, by slices of the calibration set, which only "
+            "AdaFocalTrainer does. Train with it, or choose a loss whose gamma follows the evaluation (AdaFocalLoss)."
+        )
     _check_processes(dataloader, accelerator)
     device = accelerator.device if accelerator is not None else getattr(next(model.parameters(), None), "device", None)
     ignore_index = getattr(loss, "ignore_index", -100)
-    batches, num_classes = [], None
+    collector, num_classes = SampleCollector(), None
     with torch.no_grad(), evaluating(model), random_state_kept(_generators(dataloader)):
         for batch in dataloader:
             inputs, labels = _split(batch if device is None else send_to_device(batch, device))
-            logits = classes_last(_logits(model, inputs), labels)
+            outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+            logits = classes_last(logits_of(outputs, type(model).__name__), labels)
             num_classes = logits.shape[-1]
-            batches.append(counted_rows(_gathered(per_sample(logits, labels, ignore_index), accelerator).cpu()))
-    rows = _checked(batches, ignore_index)
-    adaptive = getattr(loss, "adaptive", None)
+            collector.add(_gathered(sample_rows(logits, labels, ignore_index), accelerator))
+    if num_classes is None:
+        raise ValueError("The calibration dataloader is empty: nothing to measure. Check its dataset and `drop_last`.")
+    collector.finish()
+    check_counts(len(collector), collector.not_finite, "calibration set", ignore_index)
     num_bins = getattr(adaptive, "num_bins", 15)
     of_classes = num_classes if getattr(adaptive, "needs_class_statistics", False) else None
-    measured = Calibration(sample_metrics(rows, num_bins), equal_mass_statistics(rows, num_bins, of_classes))
-    if getattr(adaptive, "follows", None) == "bins":
+    measured = Calibration(collector.metrics(num_bins), collector.statistics(num_bins, of_classes))
+    if adaptive is not None:
         adaptive.update_from(measured.statistics)
     return measured
 
@@ -129,33 +131,9 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
     raise ValueError(f"A batch must be a dict with `labels` or a pair (inputs, labels), found {found}.")
 
 
-def _logits(model: nn.Module, inputs: Any) -> Tensor:
-    output = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-    if isinstance(output, Tensor):
-        return output
-    if isinstance(output, Mapping):
-        return output["logits"]
-    return output[0] if isinstance(output, tuple | list) else output.logits
-
-
 def _gathered(rows: Tensor, accelerator: Accelerator | None) -> Tensor:
     if accelerator is None or accelerator.num_processes == 1:
         return rows
     if rows.ndim > 2:  # sequences: each process pads to the longest of its own
         rows = accelerator.pad_across_processes(rows, dim=1, pad_index=IGNORED)
     return accelerator.gather_for_metrics(rows)
-
-
-def _checked(batches: list[np.ndarray], ignore_index: int) -> np.ndarray:
-    if not batches:
-        raise ValueError("The calibration dataloader is empty: nothing to measure. Check its dataset and `drop_last`.")
-    rows = np.concatenate(batches)
-    if len(rows) == 0:
-        raise ValueError(f"Every label of the calibration set is ignored ({ignore_index}): nothing to measure.")
-    finite, others = split_finite(rows)
-    if others:
-        raise ValueError(
-            f"The logits of {others} of {len(rows)} calibration samples are NaN or infinite. Training has diverged or "
-            "overflowed: lower the learning rate, clip gradients, or use bf16 or float32 instead of fp16."
-        )
-    return finite

@@ -1,272 +1,296 @@
-"""What the trainer asks of its arguments, model and data, and the calibration set it carves from train."""
+"""What a run trains with, resolved once: the loss, its settings, and the data sets in their roles."""
 
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
-from sklearn.model_selection import train_test_split
-from torch.utils.data import IterableDataset, Subset
+from torch import nn
+from torch.utils.data import IterableDataset
 from transformers import TrainingArguments
-from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from hf_adafocal.data.overlap import check_splits, without_overlap
-from hf_adafocal.training.arguments import AdaFocalTrainingArguments
+from hf_adafocal.data.columns import label_column
+from hf_adafocal.data.holdout import hold_out
+from hf_adafocal.data.overlap import SplitCheck, drop_overlap
+from hf_adafocal.losses.adafocal import AdaFocalLoss
+from hf_adafocal.losses.base import AdaptiveLoss
+from hf_adafocal.preserved_state import random_state_kept
+from hf_adafocal.training.arguments import DEFAULT_BINS, AdaFocalTrainingArguments
+from hf_adafocal.training.input_checks import SAMPLES_PER_BIN
+from hf_adafocal.training.model_conventions import ModelConventions
+from hf_adafocal.training.sample_rows import is_lower_better
 
 logger = logging.get_logger(__name__)
 
-SAMPLES_PER_BIN = 10  # below this a bin's gap is mostly noise
+CALIBRATION = "calibration"  # the entry of a dict of evaluation sets that calibrates
+DEFAULT_FRACTION = 0.1  # of train, where nothing else is held out
 
 
-def refuse_ignored_arguments(args: TrainingArguments, kwargs: dict) -> None:
-    """Refuse what the Trainer would take and this one would not use."""
-    if args.label_smoothing_factor:
-        raise ValueError(
-            f"label_smoothing_factor={args.label_smoothing_factor} would be ignored: the loss is chosen by `loss`. "
-            "Set it to 0."
-        )
-    if kwargs.get("compute_loss_func") is not None:
-        raise ValueError("compute_loss_func would be ignored: pass a loss module as `loss`, or use the stock Trainer.")
+@dataclass(frozen=True)
+class RunPlan:
+    """The loss, its settings and the data sets of a run.
+
+    Attributes:
+        loss: The training loss.
+        train_dataset: What the weights see.
+        eval_dataset: What the Trainer evaluates: a set, several by name, or None.
+        calibration_dataset: What moves the loss and fits the temperature; None if nothing needs it.
+        from_arguments: The loss was built from the training arguments, so a search may build it anew.
+        held_out: Rows that were split off the training set for calibration.
+        num_bins: Bins of the metrics.
+        histogram: See `recorder.EvaluationRecorder`.
+        reduction: "mean" or "sum" over the samples of an optimizer step.
+        calibrate_at_end: Fit and fold a temperature after training.
+        split_overlap: Policy for rows that splits share.
+        split_check: What `apart` found; None before.
+    """
+
+    loss: nn.Module
+    train_dataset: Any
+    eval_dataset: Any
+    calibration_dataset: Any
+    from_arguments: bool
+    held_out: int = 0
+    num_bins: int = DEFAULT_BINS
+    histogram: bool | None = None
+    reduction: str = "mean"
+    calibrate_at_end: bool = False
+    split_overlap: str = "drop"
+    split_check: SplitCheck | None = None
+
+    @property
+    def adaptive(self) -> AdaptiveLoss | None:
+        """The part of the loss that follows the calibration set; None if nothing does."""
+        return getattr(self.loss, "adaptive", None)
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether a run needs a calibration set."""
+        return self.adaptive is not None or self.calibrate_at_end
+
+    @property
+    def calibration_prefix(self) -> str | None:
+        """The prefix under which the Trainer evaluates the calibration set anyway; None if it does not."""
+        if isinstance(self.eval_dataset, Mapping):
+            names = (name for name, entry in self.eval_dataset.items() if entry is self.calibration_dataset)
+            return next((f"eval_{name}" for name in names), None)
+        return "eval" if self.eval_dataset is self.calibration_dataset else None
+
+    @property
+    def first_prefix(self) -> str:
+        """The prefix of the first evaluation that the Trainer makes when it evaluates."""
+        return f"eval_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, Mapping) else "eval"
+
+    def with_loss(self, loss: nn.Module) -> "RunPlan":
+        """The plan with another loss, as in a trial of a search."""
+        return replace(self, loss=loss)
+
+    def apart(self, train_dataset: Any, **content: Any) -> "RunPlan":
+        """The plan without the training rows that also stand in a held-out set.
+
+        Args:
+            train_dataset: The training set as the Trainer holds it.
+            **content: What makes two rows the same, as in `data.overlap.drop_overlap`.
+
+        Raises:
+            ValueError: If calibration and test share rows, or as the policy says.
+        """
+        if not self.needs_calibration or train_dataset is None:
+            return self
+        held_out = {CALIBRATION: self.calibration_dataset}
+        if isinstance(self.eval_dataset, Mapping) and "test" in self.eval_dataset:
+            held_out["test"] = self.eval_dataset["test"]
+        kept, check = drop_overlap(train_dataset, held_out, self.split_overlap, **content)
+        return replace(self, train_dataset=kept, split_check=check)
 
 
-def refuse_other_tasks(model: Any) -> None:
-    """Refuse a model whose config says that it is no single-label classifier."""
-    config = getattr(model, "config", None)
-    problem_type = getattr(config, "problem_type", None)
-    if problem_type not in (None, "single_label_classification"):
-        raise ValueError(
-            f"AdaFocalTrainer trains classifiers with one label a sample, found problem_type={problem_type!r}. Build "
-            "the model with problem_type='single_label_classification', or use the stock Trainer."
-        )
-    if getattr(config, "num_labels", None) == 1:
-        raise ValueError(
-            "AdaFocalTrainer trains classifiers, and num_labels=1 is a regression head. Build the model with "
-            "num_labels=2 for two classes, or use the stock Trainer."
-        )
-
-
-def refuse_other_labels(name: str, dataset: Any) -> None:
-    """Look at the type of the stored label column, unless a transform makes the labels from it."""
-    form = getattr(dataset, "format", {})  # streams have none
-    if not hasattr(dataset, "features") or not dataset.features or form.get("type") == "custom":
-        return
-    column = next((column for column in ("labels", "label", "label_ids") if column in dataset.features), None)
-    feature = dataset.features.get(column)
-    several = hasattr(feature, "feature")
-    while hasattr(feature, "feature"):
-        feature = feature.feature
-    dtype = str(getattr(feature, "dtype", ""))
-    if "string" in dtype:
-        raise ValueError(
-            f"Labels must be integers, found strings in the column {column!r} of the {name} set. Encode them: "
-            f"dataset.class_encode_column({column!r})."
-        )
-    if "float" in dtype:
-        what = "a vector of floats a sample (multi-label?)" if several else "floats (regression?)"
-        raise ValueError(
-            f"Labels must be integer class indices, found {what} in the column {column!r} of the {name} set. If they "
-            f"are classes, cast the column to ClassLabel or int64; otherwise use the stock Trainer."
-        )
-
-
-def refuse_other_batches(logits: Any, labels: Any) -> None:
-    """Refuse a batch that is not one of single-label classification."""
-    if not isinstance(labels, torch.Tensor):
-        raise ValueError(f"Labels must be a tensor of integers, found a {type(labels).__name__}. Encode them first.")
-    if labels.is_floating_point():
-        raise ValueError(
-            f"Labels must be integer class indices, found {labels.dtype} of shape {tuple(labels.shape)}: multi-label "
-            "and regression targets have no confidence to calibrate here. Cast classes to int64, or use the stock "
-            "Trainer."
-        )
-    if logits.ndim < 2 or (logits.shape[1] if logits.ndim == 4 else logits.shape[-1]) == 1:
-        raise ValueError(
-            f"Expected one logit a class, found logits of shape {tuple(logits.shape)}: a regression head, or a binary "
-            "one with a single logit. Give the model two logits for two classes."
-        )
-
-
-def calibration_entry(eval_dataset: Any) -> Any:
-    """The set that drives gamma among the evaluation sets."""
-    if not isinstance(eval_dataset, dict):
-        return eval_dataset
-    if "calibration" not in eval_dataset:
-        raise ValueError(
-            f"AdaFocal must know which of the evaluation sets {sorted(eval_dataset)} drives gamma: "
-            "name one 'calibration', or pass `calibration_dataset`."
-        )
-    return eval_dataset["calibration"]
-
-
-def evaluated_as(calibration_dataset: Any, eval_dataset: Any) -> str | None:
-    """The prefix under which the Trainer evaluates the calibration set anyway; None if it does not."""
-    if isinstance(eval_dataset, dict):
-        return next((f"eval_{name}" for name, entry in eval_dataset.items() if entry is calibration_dataset), None)
-    return "eval" if eval_dataset is calibration_dataset else None
-
-
-def settle_default(args: AdaFocalTrainingArguments, calibration_dataset: Any) -> None:
-    """Say which loss a run takes that names none: in a log line, and of a stream in `args`, since it has no slices."""
-    if _is_stream(calibration_dataset):
-        args.loss, args.update_rule = "adafocal", "paper"
-        why = "AdaFocal by its paper's rule, the one that a calibration set without a length can drive"
-    else:
-        why = "label smoothing steered by the temperature of the calibration set, which calibrates short runs too"
-    logger.warning(
-        f"No loss was named, so training takes {args.loss!r}: {why}. Set `loss` to choose yourself, or "
-        "update_rule='paper' for AdaFocal as its paper has it."
-    )
-
-
-def choose_rule(args: TrainingArguments, loss: Any, calibration_dataset: Any) -> str | None:
-    """The update rule of a run.
-
-    Args:
-        args: Of the trainer.
-        loss: What moves, or None. AdaFocal moves by the paper's rule.
-        calibration_dataset: The held-out data.
+def resolve_plan(
+    args: TrainingArguments,
+    model: Any = None,
+    *,
+    train_dataset: Any = None,
+    eval_dataset: Any = None,
+    calibration_dataset: Any = None,
+    loss: nn.Module | None = None,
+) -> RunPlan:
+    """Resolve arguments, data sets and a loss into the plan of a run; nothing the caller passed is changed.
 
     Raises:
-        ValueError: If the loss does not move by the rule that `args` name, or a stream cannot feed it.
+        ValueError: If no calibration set can be had although one is needed, it is empty or cannot feed the loss, or
+            class weights do not fit the loss.
+        TypeError: If `loss` is a name.
     """
-    if loss is None:
-        return None
-    said = getattr(args, "update_rule", None)
-    only = "temperature" if loss.follows == "temperature" else "paper"
-    if said not in (None, only):
-        raise ValueError(f"{type(loss).__name__} moves by the {only} rule alone; leave update_rule out.")
-    if only == "temperature" and _is_stream(calibration_dataset):
+    ours = args if isinstance(args, AdaFocalTrainingArguments) else None
+    if isinstance(loss, str):
+        raise TypeError(f"loss must be a module, found {loss!r}: name it in AdaFocalTrainingArguments(loss=...).")
+    built = build_run_loss(args, model, train_dataset) if loss is None else loss
+    plan = RunPlan(
+        loss=built,
+        train_dataset=train_dataset,
+        eval_dataset=eval_dataset,
+        calibration_dataset=calibration_dataset,
+        from_arguments=loss is None and ours is not None,
+        num_bins=ours.num_bins if ours else DEFAULT_BINS,
+        histogram=ours.streaming_calibration if ours else None,
+        reduction=ours.loss_reduction if ours else "mean",
+        calibrate_at_end=ours.calibrate_at_end if ours else False,
+        split_overlap=ours.split_overlap if ours else "drop",
+    )
+    check_histogram(plan.histogram, plan.adaptive)
+    plan = _with_calibration_set(plan, ours.calibration_fraction if ours else None, _seed_of(args))
+    if plan.train_dataset is not None and plan.needs_calibration:
+        _check_calibration_set(plan)
+    return plan
+
+
+def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any) -> nn.Module:
+    """Build the loss that arguments describe, with the ignore index of the model and class weights of the data."""
+    ignore_index = ModelConventions.of(model).ignore_index
+    if not isinstance(args, AdaFocalTrainingArguments):
+        return AdaFocalLoss(ignore_index=ignore_index)
+    weights = args.parsed_class_weights()
+    if weights is None:
+        return args.build_loss(ignore_index=ignore_index)
+    num_classes = getattr(getattr(model, "config", None), "num_labels", None)
+    if weights == "balanced":
+        if train_dataset is None:
+            return args.build_loss(ignore_index=ignore_index)  # nothing will be trained
+        weight = _balanced(_labels(train_dataset, ignore_index), num_classes)
+    else:
+        weight = torch.tensor(weights)
+        if num_classes is not None and len(weight) != num_classes:
+            raise ValueError(f"class_weights must be {num_classes} numbers, one per class, found {len(weight)}.")
+    return args.build_loss(weight, ignore_index)
+
+
+def _balanced(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor:
+    counts = torch.bincount(labels, minlength=num_classes or 0)
+    return labels.numel() / (len(counts) * counts.clamp_min(1))
+
+
+def _labels(dataset: Any, ignore_index: int) -> torch.Tensor:
+    """All labels of a data set that count, shape `(n,)`: of rows, tokens or pixels."""
+    name = label_column(dataset)
+    if name is None or is_stream(dataset):
         raise ValueError(
-            "The temperature rule looks at slices of the calibration set, and this one is a stream. Pass a "
-            "calibration set with a length and an index, or train with loss='adafocal' and update_rule='paper'."
+            "class_weights='balanced' counts the labels of the training set, and this one is a stream or has no label "
+            "column. Pass one number per class."
         )
-    return only
+    stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
+    with random_state_kept():
+        labels = np.concatenate([np.ravel(stored[index][name]) for index in range(len(stored))])
+    return torch.as_tensor(labels[labels != ignore_index])
 
 
-def _is_stream(dataset: Any) -> bool:
+def with_direction_of_best_metric(args: TrainingArguments) -> TrainingArguments:
+    """Arguments whose `greater_is_better` suits `metric_for_best_model`; a changed copy where it does not.
+
+    `TrainingArguments` fill in True for every name without "loss" in it, which would keep the worst checkpoint by ECE.
+    """
+    wrong = args.greater_is_better and is_lower_better(args.metric_for_best_model or "")
+    if isinstance(args, AdaFocalTrainingArguments) or not wrong:
+        return args
+    logger.info(f"{args.metric_for_best_model} is better when it is lower: greater_is_better=False.")
+    changed = copy.copy(args)
+    changed.greater_is_better = False
+    return changed
+
+
+def check_histogram(histogram: bool | None, adaptive: AdaptiveLoss | None) -> None:
+    """Check that a loss can move when evaluations are counted in a histogram.
+
+    Raises:
+        ValueError: If the loss needs statistics of single classes.
+    """
+    if histogram and adaptive is not None and adaptive.needs_class_statistics:
+        raise ValueError(
+            f"{type(adaptive).__name__} needs statistics of single classes, and streaming_calibration keeps one "
+            "histogram for all of them. Set streaming_calibration=False (40 bytes per sample), or train with "
+            "loss='adafocal'."
+        )
+
+
+def is_stream(dataset: Any) -> bool:
+    """Whether a data set is read in order only, without a length."""
     return dataset is not None and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"))
 
 
-def check_calibration(calibration_dataset: Any, args: TrainingArguments, rule: str, num_bins: int) -> None:
-    """Refuse no calibration set, an empty one, or one that is never evaluated; warn of a small one."""
-    if calibration_dataset is None:
-        raise ValueError(
-            "AdaFocal follows a held-out calibration split, but there is none. Pass `calibration_dataset` or "
-            "`eval_dataset`, or set `calibration_fraction`. Split it off train, not test."
-        )
-    if rule == "paper" and args.eval_strategy == IntervalStrategy.NO:
-        raise ValueError(
-            "By the paper's rule gamma moves when the trainer evaluates, but eval_strategy is 'no', so it would never "
-            "move. Set eval_strategy='epoch', or update_rule='temperature'."
-        )
-    if not hasattr(calibration_dataset, "__len__"):
-        return
-    size = len(calibration_dataset)
-    if size == 0:
-        raise ValueError("The calibration set is empty: AdaFocal cannot measure a calibration gap on it.")
-    if rule == "paper" and size < SAMPLES_PER_BIN * num_bins:
+def _seed_of(args: TrainingArguments) -> int:
+    return args.seed if args.data_seed is None else args.data_seed
+
+
+def _with_calibration_set(plan: RunPlan, fraction: float | None, seed: int) -> RunPlan:
+    """Choose the calibration set: the one given, an evaluation set, or a part of the training set."""
+    given = plan.calibration_dataset
+    if given is None and fraction:
+        plan = _split_off(plan, fraction, seed)
+    elif given is None and plan.train_dataset is None:
+        plan = replace(plan, calibration_dataset=_entry(plan.eval_dataset, required=False))
+    elif given is None and plan.eval_dataset is not None:
+        plan = replace(plan, calibration_dataset=_entry(plan.eval_dataset, required=plan.needs_calibration))
+    elif given is None and plan.needs_calibration and fraction is None:
+        plan = _split_off(plan, DEFAULT_FRACTION, seed)
         logger.warning(
-            f"The calibration set has {size} samples for {num_bins} bins, fewer than {SAMPLES_PER_BIN} a bin, so "
-            "gamma will follow noise. Hold out more samples or lower num_bins."
+            f"No set is held out, so {plan.held_out} training rows ({DEFAULT_FRACTION:.0%}, stratified by label) are "
+            "kept from training to calibrate on. Pass eval_dataset or calibration_dataset, or set "
+            "calibration_fraction, to choose yourself."
         )
+    if plan.eval_dataset is None and plan.calibration_dataset is not None:
+        plan = replace(plan, eval_dataset=plan.calibration_dataset)
+    return plan
 
 
-class SeenClasses:
-    """Which classes the calibration set has, noted while it is evaluated for the first time."""
+def _split_off(plan: RunPlan, fraction: float, seed: int) -> RunPlan:
+    if plan.train_dataset is None:
+        return plan
+    train, calibration = hold_out(plan.train_dataset, fraction, seed)
+    return replace(plan, train_dataset=train, calibration_dataset=calibration, held_out=len(calibration))
 
-    def __init__(self) -> None:
-        self._seen: torch.Tensor | None = None
-        self._done = False
 
-    def add(self, labels: torch.Tensor, num_classes: int) -> None:
-        """Note the labels of a batch on this process."""
-        if not self._done:
-            seen = torch.isin(torch.arange(num_classes, device=labels.device), labels)
-            self._seen = seen if self._seen is None else self._seen | seen
+def _entry(eval_dataset: Any, *, required: bool) -> Any:
+    """The calibration set among the evaluation sets."""
+    if not isinstance(eval_dataset, Mapping):
+        return eval_dataset
+    if CALIBRATION not in eval_dataset and required:
+        raise ValueError(
+            f"The loss must know which of the evaluation sets {sorted(eval_dataset)} it follows: name one "
+            f"{CALIBRATION!r}, or pass `calibration_dataset`."
+        )
+    return eval_dataset.get(CALIBRATION)
 
-    def warn_of_missing(self, accelerator: Accelerator, config: Any) -> None:
-        """Once, over all processes, name the classes of which there was no sample."""
-        if self._done:
-            return
-        seen = accelerator.gather(self._seen[None].int()).any(0)
-        self._done, self._seen = True, None
-        missing = (~seen).nonzero().flatten().tolist()
-        if missing:
-            names = getattr(config, "id2label", None) or {}
-            shown = ", ".join(f"{index} ({names[index]})" if index in names else str(index) for index in missing[:10])
-            logger.warning(
-                f"No sample of the calibration set has the label {shown}{', ...' if len(missing) > 10 else ''} "
-                f"({len(missing)} of {len(seen)} classes), so the loss follows the other classes alone. Hold out a "
-                "part that is stratified by label."
+
+def _check_calibration_set(plan: RunPlan) -> None:
+    calibration, adaptive = plan.calibration_dataset, plan.adaptive
+    if calibration is None:
+        raise ValueError(
+            "The loss follows a held-out calibration set, but there is none and calibration_fraction is 0. Pass "
+            "`calibration_dataset` or `eval_dataset`, or leave calibration_fraction out. Split it off train, not test."
+        )
+    if is_stream(calibration):
+        if adaptive is not None and adaptive.follows == "temperature":
+            raise ValueError(
+                f"{type(adaptive).__name__} measures slices of the calibration set, and this one is a stream. Pass a "
+                "calibration set with a length and an index, or train with loss='adafocal'."
             )
+        return
+    if len(calibration) == 0:
+        raise ValueError("The calibration set is empty: there is nothing to measure a calibration gap on.")
 
 
-def keep_apart(train: Any, calibration: Any, evaluation: Any, policy: str, carved: bool, **content: Any) -> Any:
-    """Training data without the copies of what was carved from it; other sets that share rows are refused.
+def warn_of_few_samples(num_samples: int, adaptive: AdaptiveLoss | None) -> None:
+    """Warn if the bins of the calibration set will hold so few samples that their gaps are noise.
 
     Args:
-        train: The training set.
-        calibration: The calibration set.
-        evaluation: The evaluation set, or several by name; one named "test" is kept apart too.
-        policy: "error", "warn" or "skip".
-        carved: The calibration set was a part of train.
-        **content: What makes two rows the same, as in `splits.without_overlap`.
-
-    Raises:
-        ValueError: If sets share rows and the policy is "error".
+        num_samples: Samples, tokens or pixels that count.
+        adaptive: What moves by the gaps of its bins.
     """
-    if not carved:
-        sets = {"train": train, "calibration": calibration}
-        if isinstance(evaluation, dict) and "test" in evaluation:
-            sets["test"] = evaluation["test"]
-        check_splits(sets, policy, **content)
-        return train
-    if policy == "skip":
-        return train
-    kept = without_overlap(train, calibration, **content)
-    if len(kept) < len(train):
+    if adaptive is None or adaptive.follows != "bins":
+        return
+    if num_samples < SAMPLES_PER_BIN * adaptive.num_bins:
         logger.warning(
-            f"Dropped {len(train) - len(kept)} of {len(train)} training rows whose inputs stand in the calibration "
-            "set carved from them too."
+            f"The calibration set has {num_samples} samples for {adaptive.num_bins} bins, fewer than "
+            f"{SAMPLES_PER_BIN} per bin, so gamma will follow noise. Hold out more samples or lower num_bins."
         )
-    return kept
-
-
-def carve(train_dataset: Any, args: AdaFocalTrainingArguments) -> tuple[Any, Any]:
-    """Split the calibration set off the training set, stratified by label and seeded."""
-    if not (hasattr(train_dataset, "__len__") and hasattr(train_dataset, "__getitem__")):
-        raise ValueError(
-            "calibration_fraction needs a training set with a length and an index, found "
-            f"{type(train_dataset).__name__}; pass `calibration_dataset` instead."
-        )
-    labels = _labels_of(train_dataset)
-    try:
-        train, calibration = train_test_split(
-            np.arange(len(labels)),
-            test_size=args.calibration_fraction,
-            stratify=labels,
-            random_state=args.data_seed if args.data_seed is not None else args.seed,
-        )
-    except ValueError as error:
-        raise ValueError(
-            f"calibration_fraction={args.calibration_fraction} cannot hold out a stratified part of "
-            f"{len(labels)} samples: {error} Change the fraction, or pass `calibration_dataset`."
-        ) from error
-    # In the order of the data, so that reading stays sequential; the sampler shuffles.
-    return tuple(_select(train_dataset, np.sort(part).tolist()) for part in (train, calibration))
-
-
-def _labels_of(dataset: Any) -> np.ndarray:
-    if hasattr(dataset, "column_names"):
-        for name in ("labels", "label", "label_ids"):
-            if name in dataset.column_names:
-                return np.asarray(dataset.with_format(None)[name][:])
-        raise ValueError(
-            f"calibration_fraction stratifies by the column `labels` or `label`; found {dataset.column_names}."
-        )
-    return np.asarray([int(dataset[index]["labels"]) for index in range(len(dataset))])
-
-
-def _select(dataset: Any, indices: list[int]) -> Any:
-    return dataset.select(indices) if hasattr(dataset, "select") else Subset(dataset, indices)

@@ -1,18 +1,25 @@
-"""Ours, not the paper's: one knob for the whole model, steered so that the best temperature of its logits stays 1.
+"""Controller of adaptive label smoothing: it steers epsilon so that the best temperature of the logits stays 1.
 
-A three-epoch fine-tune has no time for the paper's rule, which moves each bin's gamma by a tenth once an epoch. Here a
-single number gets an increment some ten times a run that is proportional to log T, the logarithm of the temperature
-which fits a slice of the calibration set. It is the gamma of a one-bin table (over-confident models, T > 1, get more
-focal loss, under-confident ones less and then inverse focal loss), or the eps of label smoothing.
+Some ten times a run epsilon moves in proportion to log T, the logarithm of the temperature that fits a slice of the
+calibration set: an over-confident model (T > 1) gets more smoothing, an under-confident one less.
 """
 
 import math
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.data import DataLoader, Subset
+
+from hf_adafocal.preserved_state import evaluating, random_state_kept
+from hf_adafocal.training.model_conventions import logits_of
+from hf_adafocal.training.sample_rows import classes_last
+
+if TYPE_CHECKING:
+    from hf_adafocal.training.trainer import AdaFocalTrainer
 
 PRIOR_CURVATURE = 16.0  # of a prior on 1 / T with mean 1 and standard deviation 1 / 4
 MAX_LOG_T = 0.3  # of one update
@@ -171,3 +178,33 @@ def schedule(
         steps = tuple(range(start + every, total_steps, every))
     size = min(int(size), calibration_size)
     return Schedule(steps, max(size // processes, 1) * processes)
+
+
+def measure_slice(trainer: "AdaFocalTrainer", indices: np.ndarray) -> Tensor:
+    """Compute `temperature_sums` of calibration samples under the model in training, over all processes.
+
+    Args:
+        trainer: The trainer; training goes on as if nothing had been measured.
+        indices: Of calibration samples, the same on every process, which shares them out.
+    """
+    args = trainer.args
+    own = indices[args.process_index :: args.world_size].tolist()
+    loader = DataLoader(
+        Subset(trainer.calibration_dataset, own),
+        args.eval_batch_size,
+        collate_fn=trainer._get_collator_with_removed_columns(trainer.data_collator, description="calibration"),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
+    )
+    sums = torch.zeros(3)
+    if callable(getattr(trainer.optimizer, "eval", None)):
+        trainer.optimizer.eval()  # schedule-free ones evaluate other weights; the next training step swaps them back
+    with torch.no_grad(), evaluating(trainer.model_wrapped), random_state_kept():
+        for batch in loader:
+            batch = trainer._prepare_inputs(batch)
+            targets = trainer.conventions.targets(batch, trainer.ignore_index)
+            with trainer.compute_loss_context_manager():
+                outputs = trainer.model_wrapped(**trainer.conventions.inputs(batch))
+            logits = classes_last(logits_of(outputs, type(trainer.model).__name__), targets)
+            sums = sums + temperature_sums(logits, targets, trainer.ignore_index)
+    return trainer.accelerator.reduce(sums.float().to(args.device)).cpu()

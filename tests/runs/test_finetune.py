@@ -20,7 +20,7 @@ pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-PAPER = ["--update_rule", "paper"]
+PAPER: list[str] = []
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "2", "--max_train_samples", "200"]
 
 
@@ -99,10 +99,9 @@ class TestFinetune:
 
     def test_gamma_of_every_update_is_in_the_report(self, vision_run):
         _, report = vision_run
-        assert [entry["step"] for entry in report["gamma"]] == [7, 14]
+        assert [entry["step"] for entry in report["gamma"]] == [0, 7, 14]
         assert all(len(entry["gammas"]) == 15 for entry in report["gamma"])
         assert report["loss"]["name"] == "adafocal" and report["loss"]["gamma_max"] == 20
-        assert report["loss"]["update_rule"] == "paper"
         saved = json.loads((vision_run[0] / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
         assert report["gamma"][-1]["gammas"] == saved["gammas"]
 
@@ -117,22 +116,11 @@ class TestFinetune:
             "4",
         ]
         report = finetune(*parse_arguments(ImageTask, line))
-        assert [entry["step"] for entry in report["smoothing"]] == [5, 9, 13] and report["gamma"] == []
-        assert report["loss"]["update_rule"] == "temperature"
+        assert [entry["step"] for entry in report["smoothing"]] == [0, 5, 9, 13] and report["gamma"] == []
         saved = json.loads((tmp_path / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
-        assert saved == {"smoothing": report["smoothing"][-1]["smoothing"], "updates": 3}
+        assert (saved["smoothing"], saved["updates"]) == (report["smoothing"][-1]["smoothing"], 3)
         card = (tmp_path / "README.md").read_text()
         assert "Epsilon moved 3 times, by the temperature of slices of the calibration split; it ended at" in card
-
-    def test_the_one_gamma_of_the_temperature_rule_is_on_the_card(self, tmp_path):
-        line = [*QUICK, "--output_dir", str(tmp_path), "--update_rule", "temperature"]
-        report = finetune(*parse_arguments(ImageTask, line))
-        assert all(len(entry["gammas"]) == 1 for entry in report["gamma"])
-        ended = f"it ended at {report['gamma'][-1]['gammas'][0]:.2f}."
-        assert (
-            f"moved {len(report['gamma'])} times, by the temperature of slices" in (tmp_path / "README.md").read_text()
-        )
-        assert ended in (tmp_path / "README.md").read_text() and (tmp_path / "gamma.png").exists()
 
     def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path):
         line = [*QUICK, "--output_dir", str(tmp_path), "--loss", "cross_entropy", "--ood", "noise", "--seed", "3"]
@@ -195,13 +183,6 @@ class TestCompare:
         assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
             "cross_entropy-0", "cross_entropy-1", "focal-0", "focal-1",
         }  # fmt: skip
-
-    def test_a_loss_can_be_compared_under_both_rules(self, tmp_path):
-        reports = compare(ImageTask, QUICK, ["adafocal:paper", "adafocal:temperature"], [0], tmp_path)
-        assert {loss: runs[0]["loss"]["update_rule"] for loss, runs in reports.items()} == {
-            "adafocal:paper": "paper", "adafocal:temperature": "temperature",
-        }  # fmt: skip
-        assert (tmp_path / "adafocal-paper-0" / "report.json").exists()
 
     def test_an_unknown_loss_is_an_error_before_anything_is_trained(self, tmp_path):
         with pytest.raises(ValueError, match="losses must be among cross_entropy.*found hinge"):

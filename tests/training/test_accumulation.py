@@ -125,7 +125,6 @@ def update(model, data, loss, *, batch_size, accumulation, steps=1, learning_rat
         eval_strategy="steps",
         eval_steps=1000,
         split_overlap="skip",  # what an evaluation says is no matter here
-        update_rule=None,  # that of the loss
     )
     run = AdaFocalTrainer(model, args, train_dataset=data, eval_dataset=data, loss=loss, **settings)
     run.add_callback(UseTable(loss))

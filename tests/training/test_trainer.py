@@ -1,4 +1,3 @@
-import logging
 import warnings
 
 import numpy as np
@@ -6,7 +5,7 @@ import pytest
 import reference
 import tiny
 import torch
-from datasets import ClassLabel, Dataset, Features, IterableDataset, Sequence, Value
+from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import (
@@ -16,23 +15,25 @@ from transformers import (
     PreTrainedTokenizerFast,
     SegformerConfig,
     SegformerForSemanticSegmentation,
-    Trainer,
     TrainerCallback,
     TrainingArguments,
     set_seed,
 )
 
 from hf_adafocal import (
-    AdaFocalCallback,
     AdaFocalLoss,
     AdaFocalTrainer,
-    CalibrationMetrics,
     ClasswiseAdaFocalLoss,
     FocalLoss,
 )
 from hf_adafocal.losses.batch_loss import CombinedLoss
-from hf_adafocal.scaling.fit import Scaling
+from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling
 from hf_adafocal.scaling.folding import fold_scaling, recorded_scaling
+
+
+def updates(run) -> list[int]:
+    """Steps after which gamma moved."""
+    return [update["step"] for update in run.adaptive_callback.history[1:]]
 
 
 def updated_parameters(folder, model, train_dataset, **settings):
@@ -121,6 +122,20 @@ class TestEvaluation:
         edges = reference.equal_mass_edges(confidence, 5)
         expected = reference.calibration_error(confidence, correct, edges)
         assert metrics["eval_ada_ece"] == pytest.approx(expected, rel=1e-4)
+        brier = np.square(p - np.eye(3)[labels]).sum(1).mean()
+        assert metrics["eval_brier"] == pytest.approx(brier, rel=1e-5)
+
+    def test_the_best_temperature_of_the_calibration_set_is_what_fit_temperature_finds(self, tmp_path):
+        data, model = tiny.token_dataset(60, seed=1), tiny.bert()
+        model.classifier.weight.data *= 30  # over-confident
+        metrics = tiny.trainer(tmp_path, model, eval_dataset=data).evaluate()
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor(data["input_ids"][:])).logits
+        fitted = fit_temperature_scaling(logits, torch.tensor(data["labels"][:]))
+        assert metrics["eval_temperature"] == pytest.approx(1 / fitted.scale, rel=0.01)
+        assert metrics["eval_refinement"] == pytest.approx(fitted.nll_after, abs=1e-3)
+        assert metrics["eval_refinement"] < metrics["eval_nll"] - 0.1
+        assert "eval_temperature" not in tiny.trainer(tmp_path, model).evaluate(tiny.token_dataset(9, seed=4))
 
     @pytest.mark.parametrize("loss", ["adafocal", "focal"])
     def test_the_evaluation_loss_is_the_nll_whatever_the_training_loss(self, tmp_path, loss):
@@ -141,7 +156,8 @@ class TestEvaluation:
         logged = [entry["eval_ada_ece"] for entry in run.state.log_history if "eval_ada_ece" in entry]
         assert len(logged) == 3
         assert run.state.best_metric == min(logged)
-        for name in ("eval_ece", "eval_nll", "eval_accuracy"):
+        names = ("accuracy", "nll", "brier", "ece", "ada_ece", "temperature", "refinement")
+        for name in (f"eval_{name}" for name in names):
             assert sum(name in entry for entry in run.state.log_history) == 3
 
     def test_metrics_and_gammas_reach_tensorboard(self, tmp_path):
@@ -152,10 +168,9 @@ class TestEvaluation:
         run.train()
         events = EventAccumulator(str(next(tmp_path.rglob("events*")).parent))
         events.Reload()
-        assert {"eval/ece", "eval/ada_ece", "eval/nll", "eval/accuracy", "train/gamma_04"} <= set(
-            events.Tags()["scalars"]
-        )
-        assert events.Scalars("train/gamma_04")[-1].value == pytest.approx(run.loss.gammas[4].item())
+        scalars = set(events.Tags()["scalars"])
+        assert {"eval/ece", "eval/ada_ece", "eval/nll", "eval/accuracy", "train/gamma_mean"} <= scalars
+        assert events.Scalars("train/gamma_mean")[-1].value == pytest.approx(run.loss.gammas.mean().item())
 
     def test_no_gathered_tensor_has_a_value_for_each_class(self, tmp_path, monkeypatch):
         run = tiny.trainer(tmp_path, tiny.bert(num_labels=7))
@@ -165,7 +180,7 @@ class TestEvaluation:
             run.accelerator, "gather_for_metrics", lambda data: shapes.append(tuple(data.shape)) or gather(data)
         )
         run.evaluate()
-        assert (16, 4) in shapes and not any(shape[-1:] == (7,) for shape in shapes)
+        assert (16, 5) in shapes and not any(shape[-1:] == (7,) for shape in shapes)
         run.predict(tiny.token_dataset(16))  # here the user asks for them
         assert any(shape[-1:] == (7,) for shape in shapes)
 
@@ -329,19 +344,56 @@ class TestGammaUpdate:
         np.testing.assert_allclose(run.loss.edges.numpy(), edges, rtol=1e-5)
         np.testing.assert_allclose(run.loss.gammas.numpy(), expected, rtol=1e-4)
 
-    def test_gamma_moves_once_an_epoch_and_each_table_is_logged(self, tmp_path):
+    @pytest.mark.parametrize("eval_strategy", ["epoch", "no"])
+    def test_gamma_moves_once_an_epoch_whether_or_not_the_trainer_evaluates(self, tmp_path, eval_strategy):
+        run = tiny.trainer(tmp_path, num_train_epochs=3, eval_strategy=eval_strategy)
+        run.train()
+        history = run.adaptive_callback.history
+        assert [update["step"] for update in history] == [0, 6, 12, 18]
+        assert history[0]["gammas"] == [1.0] * 5 and history[-1]["gammas"] == run.loss.gammas.tolist()
+        assert run.state.stateful_callbacks["adafocal"]["history"] == history
+        assert [entry["step"] for entry in run.state.log_history if "eval_ece" in entry] == [6, 12, 18]
+
+    def test_three_numbers_of_each_table_are_logged(self, tmp_path):
         run = tiny.trainer(tmp_path, num_train_epochs=3)
         run.train()
-        logged = [entry for entry in run.state.log_history if "gamma_00" in entry]
+        logged = [entry for entry in run.state.log_history if "gamma_mean" in entry]
         assert [entry["step"] for entry in logged] == [6, 12, 18]
-        assert [logged[-1][f"gamma_{index:02d}"] for index in range(5)] == run.loss.gammas.tolist()
+        for entry, update in zip(logged, run.adaptive_callback.history[1:], strict=True):
+            gammas = update["gammas"]
+            found = {name: entry[name] for name in entry if name.startswith("gamma")}
+            assert found == pytest.approx(
+                {"gamma_min": min(gammas), "gamma_mean": sum(gammas) / 5, "gamma_max": max(gammas)}
+            )
+
+    def test_without_evaluations_of_the_trainer_a_run_is_the_same(self, tmp_path):
+        runs = [tiny.trainer(tmp_path, eval_strategy=strategy) for strategy in ("epoch", "no")]
+        for run in runs:
+            run.train()
+        assert runs[0].loss.table() == runs[1].loss.table()
+        assert all(map(torch.equal, *(run.model.state_dict().values() for run in runs)))
+
+    def test_a_calibration_set_of_its_own_moves_gamma_without_evaluations_of_the_trainer(self, tmp_path):
+        calibration = tiny.token_dataset(30, seed=5)
+        run = tiny.trainer(tmp_path, eval_strategy="no", calibration_dataset=calibration)
+        run.train()
+        assert updates(run) == [6, 12]
+        p, _ = tiny.probabilities(run.model, calibration)
+        np.testing.assert_allclose(run.loss.edges[[0, -1]], [p.max(1).min(), p.max(1).max()], rtol=1e-5)
+
+    def test_evaluating_at_the_end_of_an_epoch_takes_back_no_log_and_no_checkpoint(self, tmp_path):
+        settings = {"logging_strategy": "epoch", "save_strategy": "epoch"}
+        run = tiny.trainer(tmp_path, eval_strategy="no", **settings)
+        run.train()
+        assert [entry["step"] for entry in run.state.log_history if "loss" in entry] == [6, 12]
+        assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-12", "checkpoint-6"]
 
     def test_evaluating_outside_training_moves_nothing(self, tmp_path):
         run = tiny.trainer(tmp_path, num_train_epochs=1, eval_on_start=True)
         run.evaluate()
         assert run.loss.gammas.eq(1).all()
         run.train()
-        assert sum("gamma_00" in entry for entry in run.state.log_history) == 1
+        assert updates(run) == [6]
         after = run.loss.gammas.clone()
         run.evaluate()
         run.predict(tiny.token_dataset(30, seed=7))
@@ -352,7 +404,7 @@ class TestGammaUpdate:
         run = tiny.trainer(tmp_path, num_train_epochs=1)
         run.model.register_forward_hook(lambda module, args, output: batches.append(module.training))
         run.train()
-        assert batches.count(False) == 4  # 60 samples in batches of 16
+        assert batches.count(False) == 4 + 1  # 60 samples in batches of 16, and the look at the model's own loss
 
     def test_a_separate_calibration_set_drives_gamma(self, tmp_path):
         calibration = tiny.token_dataset(30, seed=5)
@@ -375,13 +427,13 @@ class TestGammaUpdate:
         run.train()
         p, _ = tiny.probabilities(run.model, calibration)
         np.testing.assert_allclose(run.loss.edges[[0, -1]], [p.max(1).min(), p.max(1).max()], rtol=1e-5)
-        assert batches[:-1].count(False) == 2 + 2  # nothing is read twice; the last call is the line above
+        assert batches[:-1].count(False) == 2 + 2 + 1  # nothing is read twice; the last call is the line above
 
     def test_a_dict_with_a_separate_calibration_set_updates_once_an_evaluation(self, tmp_path):
         sets = {"a": tiny.token_dataset(20, seed=6), "b": tiny.token_dataset(20, seed=8)}
         run = tiny.trainer(tmp_path, eval_dataset=sets, calibration_dataset=tiny.token_dataset(30, seed=5))
         run.train()
-        assert sum("gamma_00" in entry for entry in run.state.log_history) == 2
+        assert updates(run) == [6, 12]
 
     @pytest.mark.parametrize("own", [False, True], ids=["shared-with-evaluation", "of-its-own"])
     def test_evaluating_another_set_while_training_moves_nothing(self, tmp_path, own):
@@ -398,27 +450,24 @@ class TestGammaUpdate:
         curious.trainer = disturbed
         for run in (plain, disturbed):
             run.train()
-        tables = [
-            [(entry["step"], entry["gamma_00"], entry["gamma_04"]) for entry in run.state.log_history
-             if "gamma_00" in entry] for run in (plain, disturbed)
-        ]  # fmt: skip
-        assert tables[0] == tables[1] and len(tables[0]) == 2
+        histories = [run.adaptive_callback.history for run in (plain, disturbed)]
+        assert histories[0] == histories[1] and len(histories[0]) == 3
         assert torch.equal(plain.loss.edges, disturbed.loss.edges)
 
     def test_statistics_are_those_of_the_calibration_set_whatever_was_evaluated_since(self, tmp_path):
         run = tiny.trainer(tmp_path, num_train_epochs=1)
         run.train()
-        expected = run.calibrate()
+        expected = run.calibration_statistics()
         run.evaluate(tiny.token_dataset(40, seed=9))
         run.predict(tiny.token_dataset(40, seed=9), metric_key_prefix="eval")
-        np.testing.assert_array_equal(run.calibrate().edges, expected.edges)
-        assert run.calibrate().count.sum() == 60
+        np.testing.assert_array_equal(run.calibration_statistics().edges, expected.edges)
+        assert run.calibration_statistics().count.sum() == 60
 
     def test_calibrating_before_an_evaluation_is_an_error(self, tmp_path):
         run = tiny.trainer(tmp_path)
         run.evaluate(tiny.token_dataset(40, seed=9))
         with pytest.raises(RuntimeError, match="has not been evaluated yet"):
-            run.calibrate()
+            run.calibration_statistics()
 
     def test_an_evaluation_set_put_in_later_does_not_become_the_calibration_set(self, tmp_path):
         run = tiny.trainer(tmp_path, num_train_epochs=1)
@@ -431,12 +480,13 @@ class TestGammaUpdate:
         sets = {"a": tiny.token_dataset(20, seed=6), "calibration": tiny.token_dataset(30, seed=5)}
         run = tiny.trainer(tmp_path, eval_dataset=sets)
         run.evaluate("calibration")
-        assert run.calibrate().count.sum() == 30
+        assert run.calibration_statistics().count.sum() == 30
 
     def test_other_losses_have_no_gamma_callback(self, tmp_path):
         run = tiny.trainer(tmp_path, loss="cross_entropy", num_train_epochs=1)
         run.train()
-        assert not any("gamma_00" in entry for entry in run.state.log_history)
+        assert run.adaptive_callback is None
+        assert not any(name.startswith("gamma") for entry in run.state.log_history for name in entry)
         assert "eval_ece" in run.state.log_history[-2]
 
     def test_plain_training_arguments_mean_adafocal_with_the_papers_settings(self, tmp_path):
@@ -450,9 +500,8 @@ class TestGammaUpdate:
         run = tiny.trainer(tmp_path, num_train_epochs=3)
         run.train()
         run.train()
-        assert sum("gamma_00" in entry for entry in run.state.log_history) == 3
-        first = next(entry for entry in run.state.log_history if "gamma_00" in entry)
-        assert all(abs(np.log(abs(first[f"gamma_{index:02d}"]))) <= 1 for index in range(5))  # one step from 1
+        assert updates(run) == [6, 12, 18] and len(run.adaptive_callback.history) == 4
+        assert all(abs(np.log(abs(gamma))) <= 1 for gamma in run.adaptive_callback.history[1]["gammas"])  # one step
 
 
 class TestTablesOfClasses:
@@ -486,7 +535,7 @@ class TestTablesOfClasses:
     def test_plain_adafocal_computes_no_statistics_of_classes(self, tmp_path):
         run = tiny.trainer(tmp_path)
         run.evaluate()
-        assert run.calibrate().class_gap is None
+        assert run.calibration_statistics().class_gap is None
 
     @pytest.mark.parametrize("restore", [False, True])
     def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(self, tmp_path, restore):
@@ -500,15 +549,15 @@ class TestTablesOfClasses:
         resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
         assert resumed.loss.table() == whole.loss.table() and len(whole.loss.table()["class_gammas"]) == 3
         saved = [run.state.stateful_callbacks["adafocal"] for run in (whole, resumed)]
-        assert saved[0] == saved[1] == {**whole.loss.table(), "updates": 3}
+        assert saved[0] == saved[1]
+        assert {name: saved[0][name] for name in whole.loss.table()} == whole.loss.table()
         for mine, theirs in zip(resumed.model.parameters(), whole.model.parameters(), strict=True):
             assert torch.equal(mine, theirs)
 
     @pytest.mark.parametrize("settings", [{"loss": NAME}, {"loss": "mmce", "auxiliary_base": NAME}])
-    def test_the_arguments_refuse_a_histogram_for_them(self, tmp_path, settings):
-        with pytest.raises(ValueError, match="classwise_adafocal needs .* Set streaming_calibration=False"):
-            tiny.arguments(tmp_path, streaming_calibration=True, **settings)
-        tiny.arguments(tmp_path, streaming_calibration=True, auxiliary_base=self.NAME)  # not the base of anything
+    def test_a_histogram_for_them_is_refused(self, tmp_path, settings):
+        with pytest.raises(ValueError, match="ClasswiseAdaFocalLoss needs .* Set streaming_calibration=False"):
+            tiny.trainer(tmp_path, streaming_calibration=True, **settings)
 
     @pytest.mark.parametrize("combined", [False, True])
     def test_the_trainer_refuses_a_histogram_for_a_module_that_has_them(self, tmp_path, combined):
@@ -517,67 +566,11 @@ class TestTablesOfClasses:
             tiny.trainer(tmp_path, loss=CombinedLoss("mmce", loss) if combined else loss, streaming_calibration=True)
 
 
-class TestCalibrationSplit:
-    def test_it_is_stratified_seeded_disjoint_and_complete(self, tmp_path):
-        data = tiny.token_dataset(60).add_column("row", list(range(60)))
-        runs = [
-            tiny.trainer(tmp_path, train_dataset=data, eval_dataset=None, calibration_fraction=0.25, seed=seed)
-            for seed in (1, 1, 2)
-        ]
-        rows = [set(run.calibration_dataset["row"]) for run in runs]
-        assert rows[0] == rows[1] != rows[2]
-        assert rows[0] | set(runs[0].train_dataset["row"]) == set(range(60))
-        assert not rows[0] & set(runs[0].train_dataset["row"])
-        assert np.bincount(runs[0].calibration_dataset["labels"]).tolist() == [5, 5, 5]
-        assert runs[0].eval_dataset is runs[0].calibration_dataset
-
-    def test_it_is_carved_from_any_indexed_data(self, tmp_path):
-        class Rows(torch.utils.data.Dataset):
-            def __len__(self):
-                return 30
-
-            def __getitem__(self, index):
-                return {"input_ids": torch.tensor([1, index]), "labels": index % 3}
-
-        run = tiny.trainer(tmp_path, train_dataset=Rows(), eval_dataset=None, calibration_fraction=0.2)
-        assert (len(run.train_dataset), len(run.calibration_dataset)) == (24, 6)
-
-    def test_a_transform_on_the_data_does_not_hide_the_labels(self, tmp_path):
-        data = tiny.token_dataset(30).with_transform(lambda batch: {"input_ids": batch["input_ids"]})
-        run = tiny.trainer(tmp_path, train_dataset=data, eval_dataset=None, calibration_fraction=0.2)
-        assert len(run.calibration_dataset) == 6
-
-    def test_streamed_data_cannot_be_carved(self, tmp_path):
-        streamed = IterableDataset.from_generator(lambda: iter(tiny.token_dataset(30)))
-        with pytest.raises(ValueError, match="needs a training set with a length.*pass `calibration_dataset`"):
-            tiny.trainer(tmp_path, train_dataset=streamed, eval_dataset=None, calibration_fraction=0.2, max_steps=1)
-
-    def test_a_class_with_one_sample_cannot_be_stratified(self, tmp_path):
-        features = Features({"input_ids": Sequence(Value("int64")), "labels": ClassLabel(num_classes=2)})
-        data = Dataset.from_dict({"input_ids": [[1]] * 10, "labels": [0] * 9 + [1]}, features=features)
-        with pytest.raises(ValueError, match="cannot hold out a stratified part of 10 samples"):
-            tiny.trainer(tmp_path, train_dataset=data, eval_dataset=None, calibration_fraction=0.2)
-
-    def test_a_small_one_warns_with_its_numbers(self, tmp_path, caplog):
-        logger = logging.getLogger("transformers")
-        logger.propagate = True
-        with caplog.at_level("WARNING"):
-            tiny.trainer(tmp_path, eval_dataset=tiny.token_dataset(48, seed=1), num_bins=5)
-        assert "has 48 samples for 5 bins" in caplog.text
-        caplog.clear()
-        with caplog.at_level("WARNING"):
-            tiny.trainer(tmp_path, eval_dataset=tiny.token_dataset(51, seed=1), num_bins=5)
-        assert "samples for 5 bins" not in caplog.text
-
-
 class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"eval_dataset": None}, "there is none. Pass `calibration_dataset`"),
             ({"eval_dataset": tiny.token_dataset(6).select([])}, "calibration set is empty"),
-            ({"eval_strategy": "no"}, "eval_strategy is 'no', so it would never move"),
-            ({"eval_dataset": {"a": tiny.token_dataset(6)}}, r"which of the evaluation sets \['a'\] drives gamma"),
             ({"label_smoothing_factor": 0.1}, "label_smoothing_factor=0.1 would be ignored"),
         ],
     )
@@ -594,69 +587,6 @@ class TestRefusals:
             AdaFocalTrainer(
                 tiny.bert(), tiny.arguments(tmp_path), eval_dataset=tiny.token_dataset(), compute_loss_func=FocalLoss()
             )
-
-
-class TestSecondWayIn:
-    def stock(self, folder, loss, model=None, **settings):
-        calibration = CalibrationMetrics(loss.num_bins)
-        args = TrainingArguments(
-            str(folder),
-            num_train_epochs=2,
-            learning_rate=5e-3,
-            lr_scheduler_type="constant",
-            per_device_eval_batch_size=16,
-            eval_strategy="epoch",
-            use_cpu=True,
-            disable_tqdm=True,
-            **{"save_strategy": "no", **settings},
-        )
-        return Trainer(
-            model or tiny.bert(),
-            args,
-            train_dataset=tiny.token_dataset(48, seed=0),
-            eval_dataset=tiny.token_dataset(60, seed=1),
-            compute_loss_func=loss,
-            compute_metrics=calibration,
-            preprocess_logits_for_metrics=calibration.reduce,
-            callbacks=[AdaFocalCallback(loss, calibration.calibrate)],
-        )
-
-    def test_a_stock_trainer_gives_the_gammas_weights_and_metrics_of_ours(self, tmp_path):
-        loss = AdaFocalLoss(num_bins=5)
-        stock = self.stock(tmp_path / "stock", loss)
-        stock.train()
-        ours = tiny.trainer(tmp_path / "ours")
-        ours.train()
-        assert loss.gammas.ne(1).all()
-        torch.testing.assert_close(loss.gammas, ours.loss.gammas)
-        torch.testing.assert_close(loss.edges, ours.loss.edges)
-        for mine, theirs in zip(ours.model.parameters(), stock.model.parameters(), strict=True):
-            torch.testing.assert_close(mine, theirs)
-        ece = [[entry["eval_ece"] for entry in run.state.log_history if "eval_ece" in entry] for run in (stock, ours)]
-        assert len(ece[0]) == 2
-        np.testing.assert_allclose(*ece)  # 5 bins here and there
-
-    def test_a_stock_trainer_moves_the_tables_of_classes_as_ours_does(self, tmp_path):
-        loss = ClasswiseAdaFocalLoss(num_bins=5)
-        self.stock(tmp_path / "stock", loss, tiny.bert(num_labels=4)).train()
-        ours = tiny.trainer(tmp_path / "ours", tiny.bert(num_labels=4), loss="classwise_adafocal")
-        ours.train()
-        assert loss.class_gammas.shape == (4, 5) and loss.class_gammas.ne(loss.gammas).any()
-        torch.testing.assert_close(loss.class_gammas, ours.loss.class_gammas)
-        torch.testing.assert_close(loss.class_counts, ours.loss.class_counts)
-
-    @pytest.mark.parametrize("restore", [False, True])
-    def test_it_resumes_with_its_table(self, tmp_path, restore):
-        whole = AdaFocalLoss(num_bins=5)
-        self.stock(tmp_path, whole, save_strategy="epoch").train()
-        resumed = AdaFocalLoss(num_bins=5)
-        again = self.stock(tmp_path, resumed, save_strategy="epoch", restore_callback_states_from_checkpoint=restore)
-        again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
-        assert torch.equal(whole.gammas, resumed.gammas)
-
-    def test_calibrating_before_an_evaluation_is_an_error(self):
-        with pytest.raises(RuntimeError, match="No evaluation yet"):
-            CalibrationMetrics().calibrate()
 
 
 class TestFoldedModel:

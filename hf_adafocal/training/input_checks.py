@@ -1,0 +1,135 @@
+"""Reject models, labels and arguments that AdaFocalTrainer cannot train on, before the first step."""
+
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from hf_adafocal.data.columns import label_column
+
+SAMPLES_PER_BIN = 10  # below this a bin's gap is mostly noise
+
+
+def reject_ignored_arguments(args: TrainingArguments, kwargs: dict) -> None:
+    """Reject arguments that AdaFocalTrainer would silently ignore.
+
+    Raises:
+        ValueError: If label smoothing of the Trainer or a `compute_loss_func` is asked for.
+    """
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"label_smoothing_factor={args.label_smoothing_factor} would be ignored: the loss is chosen by `loss`. "
+            f"Set it to 0; label smoothing is loss='label_smoothing', smoothing={args.label_smoothing_factor}."
+        )
+    if kwargs.get("compute_loss_func") is not None:
+        raise ValueError("compute_loss_func would be ignored: pass a loss module as `loss`, or use the stock Trainer.")
+
+
+def check_model(model: Any, label_names: list[str]) -> None:
+    """Check that a model is one of single-label classification: of samples, tokens or pixels.
+
+    Args:
+        model: The model.
+        label_names: What the Trainer takes for labels.
+
+    Raises:
+        ValueError: If it has other targets, says it has several labels per sample, or has a single output.
+    """
+    name = type(model).__name__
+    if not label_names:
+        raise ValueError(
+            f"{name}.forward has no `labels` argument, so evaluation would find no labels. Set "
+            "label_names=['labels'] and remove_unused_columns=False in the training arguments."
+        )
+    if "labels" not in label_names:
+        raise ValueError(
+            f"AdaFocalTrainer needs one `labels` per sample, token or pixel, and the targets of {name} are "
+            f"{label_names} (question answering?). Use the stock Trainer."
+        )
+    config = getattr(model, "config", None)
+    problem_type = getattr(config, "problem_type", None)
+    if problem_type not in (None, "single_label_classification"):
+        raise ValueError(
+            f"AdaFocalTrainer trains classifiers with one label per sample, found problem_type={problem_type!r}. "
+            "Build the model with problem_type='single_label_classification', or use the stock Trainer."
+        )
+    if getattr(config, "num_labels", None) == 1 and "Classification" in name:
+        raise ValueError(
+            "AdaFocalTrainer trains classifiers, and num_labels=1 is a regression head. Build the model with "
+            "num_labels=2 for two classes, or use the stock Trainer."
+        )
+
+
+def check_label_column(name: str, dataset: Any, model: Any = None) -> None:
+    """Check the type of the stored label column, unless a transform makes the labels from it.
+
+    Args:
+        name: Of the set, for the error.
+        dataset: A `datasets.Dataset`; anything else is not looked at.
+        model: The model, which tells a vector of labels per sample from a label per token.
+
+    Raises:
+        ValueError: If labels are strings, floats, or vectors where the model takes one label per sample.
+    """
+    form = getattr(dataset, "format", {})  # streams have none
+    if not hasattr(dataset, "features") or not dataset.features or form.get("type") == "custom":
+        return
+    column = label_column(dataset)
+    feature = None if column is None else dataset.features[column]
+    several = hasattr(feature, "feature")
+    while hasattr(feature, "feature"):
+        feature = feature.feature
+    dtype = str(getattr(feature, "dtype", ""))
+    if "string" in dtype:
+        raise ValueError(
+            f"Labels must be integers, found strings in the column {column!r} of the {name} set. Encode them: "
+            f"dataset.class_encode_column({column!r})."
+        )
+    if "float" in dtype:
+        what = "a vector of floats per sample (multi-label?)" if several else "floats (regression?)"
+        raise ValueError(
+            f"Labels must be integer class indices, found {what} in the column {column!r} of the {name} set. If they "
+            f"are classes, cast the column to ClassLabel or int64; otherwise use the stock Trainer."
+        )
+    task = type(model).__name__
+    if several and any(kind in task for kind in ("ForSequenceClassification", "ForImageClassification")):
+        raise ValueError(
+            f"{task} takes one label per sample, found vectors of integers in the column {column!r} of the {name} set "
+            "(multi-label?). Multi-label targets have no single confidence to calibrate: use the stock Trainer."
+        )
+
+
+def check_batch(logits: torch.Tensor, labels: Any) -> None:
+    """Check that a batch is one of single-label classification.
+
+    Args:
+        logits: As the model returns them.
+        labels: The batch's labels.
+
+    Raises:
+        ValueError: If labels are no integers, the shapes do not fit, or there is a single logit per sample.
+    """
+    shape = tuple(logits.shape)
+    if not isinstance(labels, torch.Tensor):
+        raise ValueError(f"Labels must be a tensor of integers, found a {type(labels).__name__}. Encode them first.")
+    if labels.is_floating_point():
+        raise ValueError(
+            f"Labels must be integer class indices, found {labels.dtype} of shape {tuple(labels.shape)}: multi-label "
+            "and regression targets have no confidence to calibrate here. Cast classes to int64, or use the stock "
+            "Trainer."
+        )
+    if logits.ndim < 2 or (shape[1] if logits.ndim >= 4 else shape[-1]) == 1:
+        raise ValueError(
+            f"Expected one logit per class, found logits of shape {shape}: a regression head, or a binary "
+            "one with a single logit. Give the model two logits for two classes."
+        )
+    if logits.ndim < 4 and labels.shape != logits.shape[:-1]:
+        raise ValueError(
+            f"Expected one label for each row of logits {shape}, found labels of shape {tuple(labels.shape)}."
+            + (" A vector of labels per sample is multi-label: use the stock Trainer." if labels.ndim == 2 else "")
+        )
+    if logits.ndim >= 4 and labels.ndim != logits.ndim - 1:
+        raise ValueError(
+            f"Expected labels (N, d1, d2, ...) for logits (N, C, d1, d2, ...), found shapes {tuple(labels.shape)} "
+            f"and {shape}."
+        )

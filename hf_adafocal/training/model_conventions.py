@@ -1,0 +1,131 @@
+"""What a model expects of its labels (shifts, decoder inputs, ignored index) and what its own loss adds."""
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.utils import logging
+
+from hf_adafocal.preserved_state import evaluating, random_state_kept
+from hf_adafocal.training.sample_rows import classes_second
+
+logger = logging.get_logger(__name__)
+
+LEAST_EXCESS = 1e-2  # nats; what two ways of computing one cross-entropy cannot explain, also in bfloat16
+DEFAULT_IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class ModelConventions:
+    """How the logits and labels of a model belong together.
+
+    Attributes:
+        shifts_labels: Logits at position i predict the label at i + 1, as in causal language models.
+        decoder_inputs: Makes decoder inputs from labels, as encoder-decoders do inside their forward pass; or None.
+        ignore_index: Label that the model's own loss ignores.
+    """
+
+    shifts_labels: bool = False
+    decoder_inputs: Any = None
+    ignore_index: int = DEFAULT_IGNORE_INDEX
+
+    @classmethod
+    def of(cls, model: Any) -> "ModelConventions":
+        """Read the conventions of a model, beneath a PEFT wrapper too; a plain module follows none."""
+        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        config = getattr(model, "config", None)
+        causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss  # type: ignore[arg-type]
+        causal = causal or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
+        encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
+        ignore_index = getattr(config, "semantic_loss_ignore_index", DEFAULT_IGNORE_INDEX)
+        return cls(
+            shifts_labels=causal and not encoder_decoder,
+            decoder_inputs=getattr(model, "prepare_decoder_input_ids_from_labels", None) if encoder_decoder else None,
+            ignore_index=ignore_index if "SemanticSegmentation" in type(model).__name__ else DEFAULT_IGNORE_INDEX,
+        )
+
+    def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """Inputs of the forward pass: the batch without labels, which would make the model compute its own loss."""
+        inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
+        if self.decoder_inputs is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+            inputs["decoder_input_ids"] = self.decoder_inputs(labels=batch["labels"])
+        return inputs
+
+    def targets(self, batch: Mapping[str, Any], ignore_index: int) -> Tensor:
+        """Labels in the places of the logits that predict them, the labels' shape."""
+        if "shift_labels" in batch:  # of a collator that packs sequences
+            return batch["shift_labels"]
+        if not self.shifts_labels:
+            return batch["labels"]
+        return F.pad(batch["labels"], (0, 1), value=ignore_index)[..., 1:]
+
+
+def logits_of(outputs: Any, model_name: str) -> Tensor:
+    """The logits in a model's output: a dict with `logits`, a tuple that begins with them, or a tensor.
+
+    Raises:
+        ValueError: If a dict holds none.
+    """
+    if isinstance(outputs, Tensor):
+        return outputs
+    if isinstance(outputs, Mapping):
+        if "logits" not in outputs:
+            raise ValueError(
+                f"The output of {model_name} must hold `logits`, found {sorted(outputs)}. Use a model with a "
+                "classification head, or name its scores `logits`."
+            )
+        return outputs["logits"]
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs.logits
+
+
+class FurtherTerms:
+    """Keep the terms of a model's own loss beside the cross-entropy, such as those of auxiliary heads and routers.
+
+    Args:
+        ignore_index: Label that does not count.
+
+    Attributes:
+        looked: A batch has been looked at.
+        found: The model's own loss has further terms.
+    """
+
+    def __init__(self, ignore_index: int) -> None:
+        self.ignore_index = ignore_index
+        self.looked = self.found = False
+
+    def look(self, model: torch.nn.Module, batch: Mapping[str, Any], targets: Tensor) -> None:
+        """Compare a model's own loss with the cross-entropy of its logits on a batch; warn if they differ.
+
+        Args:
+            model: In any mode; it is put back, and so is the random state.
+            batch: With labels.
+            targets: Labels in the places of the logits that predict them.
+        """
+        self.looked = True
+        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath a PEFT wrapper
+        if "labels" not in inspect.signature(inner.forward).parameters:
+            return
+        with torch.no_grad(), evaluating(model), random_state_kept():  # without dropout the two can be compared
+            outputs = model(**batch)
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else None
+        if loss is None or "logits" not in outputs:
+            return
+        excess = float(self.of(loss, outputs["logits"], targets))
+        self.found = abs(excess) > LEAST_EXCESS
+        if self.found:
+            logger.warning(
+                f"The own loss of {type(model).__name__} has terms beside the cross-entropy of its logits "
+                f"({excess:+.3f} on the first batch; an auxiliary head or router?); they are added to the loss."
+            )
+
+    def of(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        """The terms in a model's own loss, as a mean over the batch: the loss minus the mean cross-entropy."""
+        logits, targets = classes_second(logits, targets)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return loss.mean() - F.cross_entropy(logits, targets.long(), ignore_index=self.ignore_index)

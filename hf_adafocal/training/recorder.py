@@ -1,0 +1,347 @@
+"""Record the per-sample results of evaluations exactly, on any number of processes."""
+
+from collections.abc import Sized
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.utils import logging
+
+from hf_adafocal.metrics.binning import BinStats, binned
+from hf_adafocal.metrics.histogram import CalibrationHistogram
+from hf_adafocal.scaling.grid import best_temperature, nll_on_grid
+from hf_adafocal.training.sample_rows import (
+    IGNORED,
+    check_counts,
+    classes_last,
+    counted_rows,
+    equal_mass_statistics,
+    sample_metrics,
+    sample_rows,
+    split_finite,
+)
+
+logger = logging.get_logger(__name__)
+
+MOST_LOGITS = 1 << 28  # numbers: 1 GiB in float32
+MOST_SAMPLES = 4_000_000  # tokens or pixels kept one by one (160 MB); beyond it a histogram of fixed size counts them
+
+
+class SampleCollector:
+    """Keep the five numbers of every sample of an evaluation: exact, 40 bytes per sample.
+
+    Rows stay on their device until `finish` copies them to the CPU at once, so no batch waits for the device.
+
+    Attributes:
+        not_finite: Samples with NaN or infinite logits, known after `finish`; they are counted nowhere else.
+    """
+
+    def __init__(self) -> None:
+        self.waiting: list[Tensor] = []
+        self._rows = np.empty((0, 5))
+        self.not_finite = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Add the rows of a batch of all processes, shape `(..., 5)`; ignored ones are dropped by `finish`."""
+        self.waiting.append(rows.reshape(-1, rows.shape[-1]))
+
+    def finish(self, accelerator: Accelerator | None = None) -> None:
+        """Copy the rows to the CPU; call it once after the last batch."""
+        if self.waiting:
+            self._rows, self.not_finite = split_finite(counted_rows(torch.cat(self.waiting).cpu()))
+            self.waiting = []
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def metrics(self, num_bins: int = 15) -> dict[str, float]:
+        """`accuracy`, `nll` (nats), `brier`, `ece` and `ada_ece` of the samples, at least one."""
+        return sample_metrics(self._rows, num_bins)
+
+    def statistics(self, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
+        """`equal_mass_statistics` of the samples, at least one."""
+        return equal_mass_statistics(self._rows, num_bins, num_classes)
+
+    def diagram(self, num_bins: int = 15) -> BinStats:
+        """Bins of equal width, for a reliability diagram of the samples, at least one."""
+        return binned(self._rows[:, 0], self._rows[:, 1], num_bins)
+
+
+class HistogramCollector:
+    """Count an evaluation in a histogram of fixed size, for many millions of tokens or pixels.
+
+    Every process counts its own rows, and `finish` adds the counts up. Accuracy, NLL, Brier score and ECE are exact if
+    the number of bins divides the histogram's cells (an error says so if not); AdaECE and the equal-mass edges are
+    moved to the next cell (see `CalibrationHistogram`).
+
+    Args:
+        counts_all: Rows come from all processes already, so there is nothing to add up.
+
+    Attributes:
+        not_finite: As in `SampleCollector`.
+    """
+
+    def __init__(self, counts_all: bool = False) -> None:
+        self._histogram = CalibrationHistogram()
+        self._sums = np.zeros(2)  # of NLL and Brier score
+        self.counts_all = counts_all
+        self.not_finite = 0
+
+    def add(self, rows: Tensor) -> None:
+        """Count the rows of a batch of this process, shape `(..., 5)`; ignored ones are dropped."""
+        finite, others = split_finite(counted_rows(rows.cpu()))
+        self.not_finite += others
+        if len(finite):
+            confidence, correct, nll, _, brier = finite.T
+            self._histogram.update(confidence, correct)
+            self._sums += nll.sum(), brier.sum()
+
+    def finish(self, accelerator: Accelerator | None = None) -> None:
+        """Add up the counts of all processes; call it once after the last batch, on every process."""
+        if accelerator is None or accelerator.num_processes == 1 or self.counts_all:
+            return
+        counts = torch.from_numpy(self._histogram.to_array()).to(accelerator.device)
+        self._histogram = CalibrationHistogram.from_array(accelerator.reduce(counts).cpu().numpy())
+        # In two parts: float32, all that some devices have, holds neither large sums nor large counts exactly.
+        whole = np.array([self.not_finite, *self._sums // 1], dtype=np.int64)
+        parts = torch.from_numpy((self._sums % 1).astype(np.float32)).to(accelerator.device)
+        summed = accelerator.reduce(torch.from_numpy(whole).to(accelerator.device)).cpu().numpy()
+        self.not_finite = int(summed[0])
+        self._sums = summed[1:] + accelerator.reduce(parts).cpu().numpy().astype(float)
+
+    def __len__(self) -> int:
+        return self._histogram.num_samples
+
+    def metrics(self, num_bins: int = 15) -> dict[str, float]:
+        """As `SampleCollector.metrics`."""
+        return {
+            "accuracy": self._histogram.accuracy(),
+            "nll": float(self._sums[0]) / len(self),
+            "brier": float(self._sums[1]) / len(self),
+            "ece": self._histogram.expected_calibration_error(num_bins),
+            "ada_ece": self._histogram.adaptive_calibration_error(num_bins),
+        }
+
+    def statistics(self, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
+        """As `SampleCollector.statistics`, but never per class.
+
+        Raises:
+            ValueError: If `num_classes` is given: that would need a histogram for each class.
+        """
+        if num_classes is not None:
+            raise ValueError("A histogram keeps no statistics of single classes: collect samples instead.")
+        return self._histogram.equal_mass_statistics(num_bins)
+
+    def diagram(self, num_bins: int = 15) -> BinStats:
+        """As `SampleCollector.diagram`."""
+        return self._histogram.bin_statistics(num_bins)
+
+
+Collector = SampleCollector | HistogramCollector
+
+
+class EvaluationRecorder:
+    """Record what a model predicts in each evaluation of a Trainer, over all processes, every sample once.
+
+    Args:
+        accelerator: Of the Trainer.
+        num_bins: Bins of the metrics.
+        histogram: Count in a histogram (True), keep every sample (False), or decide by their number (None).
+        ignore_index: Label of samples that do not count.
+
+    Attributes:
+        active: An evaluation is under way.
+        samples: Results of the last evaluation under each prefix.
+        calibration: Results of the last evaluation of the calibration set; None if it found no labelled sample.
+        num_classes: Of the logits seen last.
+        keep_logits: Keep the logits of the evaluations that begin from now on.
+        logits: Logits `(n, C)` and labels `(n,)` that the last evaluation kept, of counted samples; None if it kept
+            none, or there were more than `MOST_LOGITS` numbers.
+    """
+
+    def __init__(
+        self, accelerator: Accelerator, num_bins: int = 15, histogram: bool | None = None, ignore_index: int = -100
+    ) -> None:
+        self.accelerator, self.num_bins = accelerator, num_bins
+        self.histogram, self.ignore_index = histogram, ignore_index
+        self.active = False
+        self.samples: dict[str, Collector] = {}
+        self.calibration: Collector | None = None
+        self.num_classes: int | None = None
+        self._seen_classes = SeenClasses()
+        self._of_calibration = False
+        self.keep_logits = False
+        self.logits: tuple[np.ndarray, np.ndarray] | None = None
+
+    def begin(self, dataset: Any, *, of_calibration: bool) -> None:
+        """Start an evaluation; `of_calibration` if its data set is the calibration set."""
+        self.active, self._of_calibration = True, of_calibration
+        self._size = len(dataset) if isinstance(dataset, Sized) else None
+        self._collector: Collector | None = None
+        self._grid: Tensor | None = None
+        self._kept: list[Tensor] | None = [] if self.keep_logits else None
+        self.logits = None
+        if of_calibration:
+            self.calibration = None  # never that of an evaluation before, should this one find nothing
+
+    def observe(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """Record a batch of this process; the samples that pad the last batch of a distributed run do not count.
+
+        Args:
+            logits: As a model returns them, see `sample_rows.classes_last`.
+            labels: Class indices or `ignore_index`, one per sample, token or pixel.
+
+        Returns:
+            `sample_rows` of the batch, padding included.
+        """
+        logits = classes_last(logits.detach(), labels)
+        rows = sample_rows(logits, labels, self.ignore_index)
+        self.num_classes = logits.shape[-1]
+        own = self._without_padding(labels)
+        if self._of_calibration:
+            self._seen_classes.add(own, logits.shape[-1])
+            sums = nll_on_grid(logits, own, self.ignore_index)
+            self._grid = sums if self._grid is None else self._grid + sums
+        counted = rows if own is labels else rows.where((own != self.ignore_index)[..., None], IGNORED)
+        if self._kept is not None:
+            self._keep(logits, own)
+        if self._collector is None:
+            self._collector = self._new_collector(labels)
+        if isinstance(self._collector, HistogramCollector) and not self._collector.counts_all:
+            self._collector.add(counted)
+        else:
+            self._collector.add(self._gathered(counted))
+            self._limit_memory()
+        return rows
+
+    def end(self, prefix: str, config: Any = None) -> dict[str, float] | None:
+        """Finish an evaluation; None if it saw no labels.
+
+        Args:
+            prefix: The Trainer's prefix of this evaluation's metrics.
+            config: Of the model, for the names of classes that the calibration set lacks.
+
+        Returns:
+            Metrics without the prefix; of the calibration set also `temperature`, the best one, and `refinement`, the
+            NLL at that temperature.
+
+        Raises:
+            ValueError: If a logit was not finite or no label counts.
+        """
+        self.active = False
+        collected, self._collector = self._collector, None
+        if collected is None:
+            return None
+        collected.finish(self.accelerator)
+        check_counts(len(collected), collected.not_finite, f"{prefix!r} set", self.ignore_index)
+        self.samples[prefix] = collected
+        if self._kept:
+            kept = torch.cat(self._kept)
+            self.logits = kept[:, :-1].numpy(), kept[:, -1].long().numpy()
+        metrics = collected.metrics(self.num_bins)
+        if self._of_calibration and self._grid is not None:
+            self.calibration = collected
+            self._seen_classes.warn_of_missing(self.accelerator, config)
+            temperature, refinement = best_temperature(self._summed(self._grid), len(collected))
+            metrics |= {"temperature": temperature, "refinement": refinement}
+        return metrics
+
+    def abort(self) -> None:
+        """Forget an evaluation that failed."""
+        self.active, self._collector = False, None
+
+    def _keep(self, logits: Tensor, labels: Tensor) -> None:
+        """Keep the logits and labels of counted samples of all processes, unless they become too many."""
+        if self._kept is None or sum(part.numel() for part in self._kept) > MOST_LOGITS:
+            self._kept = None
+            return
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        rows = torch.cat([logits.to(wide), labels[..., None].to(wide)], dim=-1)
+        rows = self._gathered(rows).reshape(-1, rows.shape[-1]).cpu()
+        self._kept.append(rows[(rows[:, -1] != self.ignore_index) & (rows[:, -1] != IGNORED)])
+
+    def _summed(self, grid: Tensor) -> Tensor:
+        return grid if self.accelerator.num_processes == 1 else self.accelerator.reduce(grid)
+
+    def _new_collector(self, labels: Tensor) -> Collector:
+        positions = labels.numel() // max(len(labels), 1)
+        many = self._size is not None and self._size * positions > MOST_SAMPLES
+        if self.histogram or (self.histogram is None and many):
+            if not self.histogram:
+                _say_that_a_histogram_counts()
+            return HistogramCollector()
+        return SampleCollector()
+
+    def _limit_memory(self) -> None:
+        """Go over to a histogram where a stream turns out to be long."""
+        if self.histogram is not None or not isinstance(self._collector, SampleCollector):
+            return
+        if sum(map(len, self._collector.waiting)) > MOST_SAMPLES:
+            _say_that_a_histogram_counts()
+            counting = HistogramCollector(counts_all=True)
+            for rows in self._collector.waiting:
+                counting.add(rows)
+            self._collector = counting
+
+    def _without_padding(self, labels: Tensor) -> Tensor:
+        """Labels with `ignore_index` in the samples that accelerate repeated to fill the last batch."""
+        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
+        if processes == 1 or not self.accelerator.even_batches or not state.end_of_dataloader or state.remainder <= 0:
+            return labels
+        kept = state.remainder - self.accelerator.process_index * len(labels)  # of this process's part
+        if kept >= len(labels):
+            return labels
+        labels = labels.clone()
+        labels[max(kept, 0) :] = self.ignore_index
+        return labels
+
+    def _gathered(self, rows: Tensor) -> Tensor:
+        """Rows of all processes, shape `(n, 5)`, in the order of the data."""
+        if self.accelerator.num_processes == 1:
+            return rows
+        ragged = rows.ndim > 2 or not self.accelerator.even_batches  # lengths or batches may differ by process
+        rows = rows.reshape(-1, rows.shape[-1])
+        if ragged:
+            rows = self.accelerator.pad_across_processes(rows, dim=0, pad_index=IGNORED)
+        return self.accelerator.gather(rows)
+
+
+def _say_that_a_histogram_counts() -> None:
+    logger.warning(
+        f"This evaluation has more than {MOST_SAMPLES:,} tokens or pixels, so a histogram counts them: AdaECE and the "
+        "edges of equal-mass bins are rounded to its cells. streaming_calibration=False keeps every sample."
+    )
+
+
+class SeenClasses:
+    """Note which classes the calibration set has while it is evaluated for the first time."""
+
+    def __init__(self) -> None:
+        self._seen: Tensor | None = None
+        self._done = False
+
+    def add(self, labels: Tensor, num_classes: int) -> None:
+        """Note the labels of a batch of this process."""
+        if not self._done:
+            seen = torch.isin(torch.arange(num_classes, device=labels.device), labels)
+            self._seen = seen if self._seen is None else self._seen | seen
+
+    def warn_of_missing(self, accelerator: Accelerator, config: Any) -> None:
+        """Once, over all processes, name the classes without a sample."""
+        if self._done or self._seen is None:
+            return
+        seen = accelerator.gather(self._seen[None].int()).any(0)
+        self._done, self._seen = True, None
+        missing = (~seen).nonzero().flatten().tolist()
+        if missing and len(seen) != getattr(
+            config, "vocab_size", None
+        ):  # words that are not predicted are no surprise
+            names = getattr(config, "id2label", None) or {}
+            shown = ", ".join(f"{index} ({names[index]})" if index in names else str(index) for index in missing[:10])
+            logger.warning(
+                f"No sample of the calibration set has the label {shown}{', ...' if len(missing) > 10 else ''} "
+                f"({len(missing)} of {len(seen)} classes), so the loss follows the other classes alone. Hold out a "
+                "part that is stratified by label."
+            )

@@ -1,0 +1,133 @@
+"""A Trainer whose evaluations record every sample and add exact calibration metrics."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from transformers.trainer_utils import EvalLoopOutput
+
+from hf_adafocal.training.model_conventions import ModelConventions
+from hf_adafocal.training.recorder import EvaluationRecorder
+from hf_adafocal.training.resumable import ResumableTrainer
+
+Logits = tuple[np.ndarray, np.ndarray]
+
+
+class RecordingTrainer(ResumableTrainer):
+    """A `Trainer` that records its evaluations; it knows nothing of the training loss.
+
+    `begin_recording` must be called once after construction. A subclass whose `compute_loss` sees logits hands them
+    to `recorder.observe` and sets `batch_recorded`; else they are taken from the prediction step.
+
+    Attributes:
+        conventions: How the model's logits and labels belong together.
+        ignore_index: Label of samples that do not count.
+        recorder: Results of the last evaluations.
+        batch_recorded: The batch under way has been recorded.
+    """
+
+    conventions: ModelConventions
+    recorder: EvaluationRecorder
+    ignore_index: int
+    calibration_dataset: Any
+    batch_recorded = False
+
+    def begin_recording(self, num_bins: int, histogram: bool | None, ignore_index: int) -> None:
+        """Make the recorder of this trainer's evaluations; arguments are those of `EvaluationRecorder`."""
+        self.ignore_index = ignore_index
+        self.recorder = EvaluationRecorder(self.accelerator, num_bins, histogram, ignore_index)
+        self.added_metrics: set[str] = set()  # names that no compute_metrics gave
+        self.evaluated_dataset: Any = None  # that `evaluate` reads
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
+        """As `Trainer.prediction_step`; records the batch also where a subclass replaces `compute_loss`."""
+        labels = inputs.get("labels")
+        targets = None if labels is None else self.conventions.targets(inputs, self.ignore_index)
+        self.batch_recorded = False
+        needed = targets is not None and self.recorder.active
+        loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only and not needed, ignore_keys)
+        if needed and not self.batch_recorded and logits is not None:
+            first = logits[0] if isinstance(logits, tuple | list) else logits
+            self.recorder.observe(first, targets.to(first.device))
+        return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
+
+    def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
+        """As `Trainer.evaluate`; the loss heeds evaluations of the trainer's own data sets alone."""
+        outer = self.evaluated_dataset
+        self.evaluated_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
+        if isinstance(self.evaluated_dataset, str):  # the name of an entry
+            self.evaluated_dataset = self.eval_dataset[self.evaluated_dataset]
+        try:
+            return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
+        finally:
+            self.evaluated_dataset = outer
+
+    def evaluation_loop(
+        self, dataloader, description, prediction_loss_only=None, ignore_keys=None, metric_key_prefix="eval"
+    ) -> EvalLoopOutput:
+        """Evaluate or predict as the Trainer does, and add exact calibration metrics of every counted sample."""
+        dataset = self.evaluated_dataset
+        of_calibration = dataset is not None and dataset is self.calibration_dataset
+        self.recorder.begin(getattr(dataloader, "dataset", None), of_calibration=of_calibration)
+        try:
+            output = super().evaluation_loop(
+                dataloader, description, prediction_loss_only, ignore_keys, metric_key_prefix=metric_key_prefix
+            )
+            metrics = self.recorder.end(metric_key_prefix, getattr(self.model, "config", None))
+        finally:
+            self.recorder.abort()
+        if metrics is None:
+            return output
+        added = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
+        for name in added.keys() - output.metrics.keys():  # the user's compute_metrics goes first
+            output.metrics[name] = added[name]
+            self.added_metrics.add(name)
+        # The Trainer's mean of batch means counts the samples that pad the last distributed batch twice.
+        output.metrics[f"{metric_key_prefix}_loss"] = metrics["nll"]
+        return output
+
+    def get_eval_dataloader(self, eval_dataset=None):
+        """As `Trainer.get_eval_dataloader`, but no sample is ever dropped."""
+        # Persistent workers are kept for the trainer's own sets; the Trainer would take them for any other set too.
+        foreign = (
+            eval_dataset is not None and not isinstance(eval_dataset, str) and eval_dataset is not self.eval_dataset
+        )
+        changes = {"dataloader_persistent_workers": False} if foreign else {}
+        with self._changed_arguments(dataloader_drop_last=False, **changes):
+            return super().get_eval_dataloader(eval_dataset)
+
+    def get_test_dataloader(self, test_dataset):
+        """As `Trainer.get_test_dataloader`, but no sample is ever dropped."""
+        with self._changed_arguments(dataloader_drop_last=False):
+            return super().get_test_dataloader(test_dataset)
+
+    @contextmanager
+    def _changed_arguments(self, **changes: Any) -> Iterator[None]:
+        given, self.args = self.args, copy.copy(self.args)
+        vars(self.args).update(changes)
+        try:
+            yield
+        finally:
+            self.args = given
+
+    def measure(self, dataset: Any, prefix: str) -> tuple[dict[str, float], Logits | None]:
+        """Evaluate a data set without logging or callbacks.
+
+        Args:
+            dataset: Any set with labels.
+            prefix: Of the metrics.
+
+        Returns:
+            Metrics without the prefix, and logits `(n, C)` and labels `(n,)` of all counted samples, the same on every
+            process and in the order of the data; None in their place where they are too many to keep.
+        """
+        self.evaluated_dataset, self.recorder.keep_logits = dataset, True
+        try:
+            loader = self.get_eval_dataloader(dataset)
+            output = self.evaluation_loop(loader, "Evaluation", prediction_loss_only=True, metric_key_prefix=prefix)
+        finally:
+            self.evaluated_dataset, self.recorder.keep_logits = None, False
+        metrics = {name.removeprefix(f"{prefix}_"): value for name, value in (output.metrics or {}).items()}
+        return metrics, self.recorder.logits

@@ -1,0 +1,112 @@
+"""Report a run: measure its checkpoint on a test set and describe how it was trained."""
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from transformers.utils import logging
+
+from hf_adafocal.data.fingerprint import Fingerprint
+from hf_adafocal.data.overlap import SplitCheck
+from hf_adafocal.losses.registry import name_of
+from hf_adafocal.report.schema import Collected, Report, build_report
+from hf_adafocal.scaling.folding import recorded_scaling
+from hf_adafocal.training.arguments import DEFAULT_BINS
+from hf_adafocal.training.plan import is_stream
+
+if TYPE_CHECKING:
+    from hf_adafocal.training.trainer import AdaFocalTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def report_of(
+    trainer: "AdaFocalTrainer", test_dataset: Any = None, *, ood: tuple[str, Any] | None = None, **facts: Any
+) -> Report:
+    """Measure a trainer's model as it is now and report it.
+
+    Args:
+        trainer: Trained or not.
+        test_dataset: Data that trained and chose nothing. Left out, the entry "test" of the evaluation sets, else the
+            first evaluation set, and the report says what that set was used for.
+        ood: Name and data set of out-of-distribution inputs.
+        **facts: Further arguments of `report.schema.build_report`, which replace what the trainer knows.
+
+    Raises:
+        ValueError: If there is no set to measure.
+    """
+    split, dataset = _measured_set(trainer, test_dataset)
+    metrics, logits = trainer.measure(dataset, split)
+    calibration = trainer.calibration_dataset
+    folded = recorded_scaling(trainer.model.config) if hasattr(trainer.model, "config") else None
+    fitted = None
+    if calibration is not None and folded is None and logits is not None:
+        fitted = logits if calibration is dataset else trainer.measure(calibration, "calibration")[1]
+    if ood is not None:
+        facts["ood"] = (ood[0], trainer.predict(ood[1], metric_key_prefix="ood").predictions)
+    known = {**_facts(trainer, split, dataset), **facts}
+    return build_report(_results(trainer, split, metrics) if logits is None else logits, fitted, **known)
+
+
+def _measured_set(trainer: "AdaFocalTrainer", test_dataset: Any) -> tuple[str, Any]:
+    if test_dataset is not None:
+        return "test", test_dataset
+    sets = trainer.eval_dataset
+    if isinstance(sets, Mapping):
+        name = "test" if "test" in sets else next(iter(sets))
+        return ("test" if name == "test" else "evaluation"), sets[name]
+    if sets is None:
+        raise ValueError("There is no set to report on: pass test_dataset, or build the trainer with an eval_dataset.")
+    return "evaluation", sets
+
+
+def _results(trainer: "AdaFocalTrainer", split: str, metrics: Mapping[str, float]) -> Collected:
+    """Metrics of an evaluation whose logits were too many to keep."""
+    collected = trainer.recorder.samples[split]
+    names = collected.metrics(trainer.plan.num_bins)
+    found = {name: metrics[name] for name in names}
+    return Collected(found, len(collected), trainer.plan.num_bins, collected.diagram(trainer.plan.num_bins))
+
+
+def _facts(trainer: "AdaFocalTrainer", split: str, dataset: Any) -> dict[str, Any]:
+    args, plan = trainer.args, trainer.plan
+    callback = trainer.adaptive_callback
+    calibration = plan.calibration_dataset
+    # The role whose data moved the loss, and so on; the evaluation set may be the calibration set.
+    role = split if calibration is dataset else "calibration"
+    held_out = {} if plan.adaptive is None else {"adaptation": role}
+    if calibration is not None:
+        held_out["scaling"] = role
+    if args.load_best_model_at_end:
+        held_out["selection"] = "evaluation"
+    sets = {"train": trainer.train_dataset, "calibration": calibration, split: dataset}
+    check = plan.split_check or SplitCheck({}, {})
+    prints = check.fingerprints
+    return {
+        "model": trainer.model,
+        "split": split,
+        "num_bins": getattr(args, "num_bins", DEFAULT_BINS),
+        "folded": recorded_scaling(trainer.model.config) if hasattr(trainer.model, "config") else None,
+        "loss": {
+            "name": name_of(trainer.loss),
+            **(args.loss_settings if plan.from_arguments else {}),
+            **({"reduction": "sum"} if plan.reduction == "sum" else {}),
+        },
+        "adaptation": () if callback is None else callback.history,
+        "splits": {
+            name: _described(part, prints.get(name))
+            for name, part in sets.items()
+            if part is not None and not is_stream(part)
+        },
+        "held_out": held_out,
+        "overlap": {"policy": plan.split_overlap, "rows": check.overlap, "dropped": check.dropped},
+        "seed": args.seed,
+        "training": {
+            "epochs": trainer.state.epoch or args.num_train_epochs,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "learning_rate": args.learning_rate,
+        },
+    }
+
+
+def _described(part: Any, fingerprint: Fingerprint | None) -> dict[str, Any]:
+    return {"size": len(part), "hash": None if fingerprint is None else fingerprint.hash}
