@@ -149,7 +149,7 @@ def train_word_level_tokenizer(
 ) -> PreTrainedTokenizerFast:
     """A lower-casing word tokenizer with the most frequent words of `texts`.
 
-    Each text starts with `[CLS]`, so that an empty one still has a token.
+    Each text starts with `[CLS]`, so that an empty one still has a token; of a pair both do.
 
     Args:
         texts: Training texts.
@@ -161,7 +161,9 @@ def train_word_level_tokenizer(
     tokenizer.pre_tokenizer = Split(Regex(r"[^\w']+"), behavior="removed")
     trainer = WordLevelTrainer(vocab_size=vocab_size, special_tokens=["[PAD]", "[UNK]", "[CLS]"])
     tokenizer.train_from_iterator(texts, trainer)
-    tokenizer.post_processor = TemplateProcessing(single="[CLS] $A", special_tokens=[("[CLS]", 2)])
+    tokenizer.post_processor = TemplateProcessing(
+        single="[CLS] $A", pair="[CLS] $A [CLS] $B", special_tokens=[("[CLS]", 2)]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         pad_token="[PAD]",
@@ -191,7 +193,7 @@ def timm_classifier(
     """
     from transformers import TimmWrapperConfig  # needs timm
 
-    config = TimmWrapperConfig(
+    config = TimmWrapperConfig(  # type: ignore[call-arg]  # the other arguments go to PretrainedConfig
         architecture=architecture,
         model_args=model_args or {},
         num_labels=len(label_names),

@@ -75,6 +75,8 @@ def fingerprint(
     array([False,  True])
     """
     dataset = _unwrapped(dataset)
+    if _is_empty(dataset):
+        return Fingerprint(np.empty(0, np.uint64), np.empty(0, bool))
     if isinstance(dataset, datasets.Dataset):
         rows = _stored_rows(dataset, columns)
     elif hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__"):
@@ -88,6 +90,10 @@ def fingerprint(
             digests[index] = _digest(row)
             blank[index] = all(_is_blank(name, value, blank_tokens) for name, value in row)
     return Fingerprint(digests, blank)
+
+
+def _is_empty(dataset: Any) -> bool:
+    return hasattr(dataset, "__len__") and len(dataset) == 0
 
 
 def _unwrapped(dataset: Any) -> Any:
@@ -112,7 +118,7 @@ def input_columns(*sets: Any, columns: Collection[str] | None = None) -> list[st
     >>> input_columns([{"text": "a", "input_ids": [1], "label": 0}], [{"input_ids": [2], "labels": 1}])
     ['input_ids']
     """
-    known = [set(names) for names in map(column_names, sets) if names]
+    known = [set(names) for part in sets if not _is_empty(part) and (names := column_names(part))]
     return _counted(set.intersection(*known), columns, strict=False) if known else None
 
 

@@ -1,34 +1,34 @@
-"""Data in three roles that never mix: training, calibration (gamma and temperature) and test (the report)."""
+"""Loading of a labelled data set as training, calibration and test split that share no rows."""
 
 from collections.abc import Callable, Collection
-from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
 from PIL import Image as PILImage
 from transformers.utils import logging
 
-from hf_adafocal.data.columns import LABEL_COLUMNS
+from hf_adafocal.data.columns import InputColumns, find_input_columns, find_label_column
 from hf_adafocal.data.holdout import hold_out
-from hf_adafocal.data.overlap import without_overlap
+from hf_adafocal.data.images import add_noise
+from hf_adafocal.data.labels import ClassEncoding, check_classes, encode_labels, has_labels
+from hf_adafocal.data.overlap import drop_overlap, without_overlap
 
 logger = logging.get_logger(__name__)
 
 HUB_IDS = {"20_newsgroups": "SetFit/20_newsgroups", "cifar10": "uoft-cs/cifar10"}
-TEXT_COLUMNS = ("text", "sentence", "content")
 NOISE = "noise"
 NOISE_DEVIATION = 0.1  # of Gaussian noise on pixels in [0, 1], as the fifth severity of CIFAR-10-C
 
 
 class Splits(NamedTuple):
-    """A labelled data set, with the columns `image` or `text`, and `label` (a `ClassLabel`).
+    """A labelled data set: the columns `image`, `text` or `text` and `text_pair`, and `label` (a `ClassLabel`).
 
     Attributes:
-        train: What the weights see.
-        calibration: What gamma and the temperature see.
-        test: What the report sees.
-        ood: Inputs of another kind, to tell from the test set; None if not asked for.
+        train: Training data.
+        calibration: Held-out data that moves the loss and fits the temperature.
+        test: Held-out data of the report.
+        ood: Out-of-distribution inputs, to be told from the test set; None if not asked for.
     """
 
     train: Dataset
@@ -39,10 +39,10 @@ class Splits(NamedTuple):
     @property
     def label_names(self) -> list[str]:
         """Name of each class, in the order of the labels."""
-        return self.train.features["label"].names
+        return self.train.features["labels" if "labels" in self.train.features else "label"].names
 
     def map(self, change: Callable[[Dataset, str], Dataset]) -> "Splits":
-        """Apply `change(dataset, role)` to each part that is there."""
+        """Apply `change(dataset, role)` to each split that is there."""
         return Splits(
             *(None if part is None else change(part, role) for role, part in zip(self._fields, self, strict=True))
         )
@@ -59,19 +59,21 @@ def load_splits(
     seed: int = 0,
     ood: str | None = None,
 ) -> Splits:
-    """Train, calibration and test split of a data set: disjoint, stratified by label, and the same for one seed.
-
-    They are disjoint by content: rows of train whose input stands in calibration or test too are dropped, and so are
-    rows of calibration that stand in test (20 Newsgroups has some; the log says how many). The test split is left as
-    it is, empty texts are kept, and rows repeated within one split stay.
+    """Load a data set as disjoint training, calibration and test splits, stratified by label and seeded.
 
     The test split is the data set's own if its labels are public, else its validation split, else a part of train.
-    The calibration split is the data set's validation split if that is free, else a part of train.
+    The calibration split is the data set's validation split if that is free, else a part of train. Rows without a
+    label (None, -1) are dropped, and labels are numbered from 0 in the order of their names or values.
+
+    The splits are disjoint by content: rows of train whose input also stands in calibration or test are dropped, and
+    so are rows of calibration that stand in test. Empty texts stay, and so do rows repeated within one split. Log
+    lines count what was dropped.
 
     Args:
         dataset: "digits" (embedded in scikit-learn), "20_newsgroups", "cifar10", or any Hub id or local folder.
         label_column: Column of class labels; found by its name or type if left out.
-        input_column: Column of images or texts; found by its type or name if left out.
+        input_column: Column of images or texts, or two text columns of sentence pairs separated by a comma
+            ("premise,hypothesis"); found by type and name if left out.
         calibration_fraction: Share of train held out for calibration, if the data set has no split for it.
         test_fraction: Share of train held out for the test, if the data set has no split for it.
         max_train_samples: Keep this many training samples, stratified; calibration and test stay whole.
@@ -80,102 +82,63 @@ def load_splits(
             Gaussian noise of standard deviation 0.1 on pixels in [0, 1].
 
     Returns:
-        The splits, with columns renamed to `image` or `text`, and `label`.
+        The splits, with columns renamed to `image`, `text` or `text` and `text_pair`, and `label`.
 
     Raises:
-        ValueError: If a column cannot be told from its name or type, a class is too small to be split, or all rows
-            of train stand in calibration or test too.
+        ValueError: If a column cannot be told from its name or type, a text or image is missing, a held-out split has
+            labels that train lacks, or all rows of train stand in calibration or test too.
+
+    >>> splits = load_splits("digits")
+    >>> [len(part) for part in splits[:3]], splits.label_names[:3]
+    ([1293, 144, 360], ['0', '1', '2'])
     """
     raw = DatasetDict(train=_digits()) if dataset == "digits" else load_dataset(HUB_IDS.get(dataset, dataset))
     if "train" not in raw:
         raise ValueError(f"{dataset!r} needs a split 'train', found {sorted(raw)}.")
-    raw = _canonical(raw, label_column, input_column)
-    held_out = [name for name in ("test", "validation") if name in raw and _has_labels(raw[name])]
+    parts, inputs = _canonical(raw, label_column, input_column)
+    held_out = [name for name in ("test", "validation") if name in parts]
 
-    train = raw["train"]
+    train = parts["train"]
     if held_out:
-        test = raw[held_out[0]]
+        test = parts[held_out[0]]
     else:
         train, test = hold_out(train, test_fraction, seed)
     if len(held_out) == 2:
-        calibration = raw[held_out[1]]
+        calibration = parts[held_out[1]]
     else:
         train, calibration = hold_out(train, calibration_fraction, seed)
-    train, calibration, test, _ = _apart(Splits(train, calibration, test))
+    train, calibration, test, _ = without_shared_rows(Splits(train, calibration, test))
     if max_train_samples is not None and max_train_samples < len(train):
+        classes = len(np.unique(train["label"][:]))
+        if max_train_samples < classes:
+            raise ValueError(f"max_train_samples={max_train_samples} is fewer than the {classes} classes of train.")
         train, _ = hold_out(train, len(train) - max_train_samples, seed)
-    return Splits(train, calibration, test, _out_of_distribution(ood, test, input_column, seed) if ood else None)
+    splits = Splits(train, calibration, test)
+    return splits if ood is None else splits._replace(ood=_out_of_distribution(ood, test, inputs, input_column, seed))
 
 
-def encode_texts(splits: Splits, tokenizer: Any, max_length: int | None = None) -> Splits:
-    """Token ids of each text, and `labels`.
+def without_shared_rows(splits: Splits, blank_tokens: Collection[int] = ()) -> Splits:
+    """Drop training rows that stand in the calibration or test split, and calibration rows that stand in test.
 
-    Different texts can have the same tokens, cut at `max_length` or with words that the tokenizer does not know. To
-    the model they are one, so rows are dropped as `load_splits` drops equal texts.
-
-    Args:
-        splits: Splits with the columns `text` and `label`.
-        tokenizer: A transformers tokenizer; it truncates and does not pad (that is the collator's part).
-        max_length: Tokens kept; the tokenizer's own limit if left out.
-    """
-
-    def encode(dataset: Dataset, role: str) -> Dataset:
-        dataset = dataset.rename_column("label", "labels") if "label" in dataset.column_names else dataset
-        return dataset.map(
-            lambda batch: tokenizer(batch["text"], truncation=True, max_length=max_length),
-            batched=True,
-            remove_columns="text",
-            desc=f"Tokenizing {role}",
-        )
-
-    return _apart(splits.map(encode), tokenizer.all_special_ids)
-
-
-def encode_images(
-    splits: Splits, processor: Any, *, random_shift: float = 0.0, horizontal_flip: bool = False
-) -> Splits:
-    """Pixel values of each image, computed as they are read, and `labels`.
+    The test split stays as it is. Log lines count the dropped rows.
 
     Args:
-        splits: Splits with the columns `image` and `label`.
-        processor: A transformers image processor.
-        random_shift: Training images are shifted by up to this share of their side, filled with black.
-        horizontal_flip: Training images are mirrored half of the time.
-
-    Raises:
-        ImportError: If a shift or flip is asked for and torchvision is missing (the extra `vision`).
+        splits: Rows are compared by their inputs.
+        blank_tokens: As in `fingerprint`: rows of such tokens alone stay.
     """
-    augment = _augmentation(random_shift, horizontal_flip)
-
-    def encode(dataset: Dataset, role: str) -> Dataset:
-        change = augment if role == "train" else None
-        return dataset.with_transform(partial(_pixel_values, processor=processor, augment=change))
-
-    return splits.map(encode)
-
-
-def _apart(splits: Splits, blank_tokens: Collection[int] = ()) -> Splits:
-    """Splits that share no content; test stays whole."""
-    train = without_overlap(splits.train, splits.calibration, splits.test, blank_tokens=blank_tokens)
     calibration = without_overlap(splits.calibration, splits.test, blank_tokens=blank_tokens)
-    dropped = {
-        role: len(before) - len(after)
-        for role, before, after in (
-            ("train", splits.train, train),
-            ("calibration", splits.calibration, calibration),
-        )
-    }
-    if any(dropped.values()):
+    dropped = len(splits.calibration) - len(calibration)
+    if dropped:
         logger.warning(
-            "Dropped rows whose inputs stand in a held-out split too: "
-            + ", ".join(f"{count} of {role}" for role, count in dropped.items())
-            + "."
+            f"Dropped {dropped} of {len(splits.calibration)} calibration rows whose inputs stand in test too."
         )
+    held_out = {"calibration": calibration, "test": splits.test}
+    train, _ = drop_overlap(splits.train, held_out, blank_tokens=blank_tokens)
     return splits._replace(train=train, calibration=calibration)
 
 
 def _digits() -> Dataset:
-    """The 1,797 handwritten digits (8 x 8) that scikit-learn carries."""
+    """Return the 1,797 handwritten digits (8 x 8) that scikit-learn carries."""
     from sklearn.datasets import load_digits
 
     digits = load_digits()
@@ -185,105 +148,67 @@ def _digits() -> Dataset:
     return Dataset.from_dict(rows, features=features)
 
 
-def _canonical(raw: DatasetDict, label_column: str | None, input_column: str | None) -> DatasetDict:
-    """Keep the input and the label, under one name each; the label becomes a `ClassLabel`."""
+def _canonical(
+    raw: DatasetDict, label_column: str | None, input_column: str | None
+) -> tuple[dict[str, Dataset], InputColumns]:
+    """Return train and the held-out splits that have labels, with the inputs under their usual names and `label`."""
     features = raw["train"].features
-    label = label_column or _find_label(features)
-    source, target = _find_input(features, input_column, exclude=label)
-    for name in (label, source):
-        if name not in features:
-            raise ValueError(f"There is no column {name!r}; the data set has {sorted(features)}.")
-    classes = _class_label(raw["train"], label)
+    label = label_column or find_label_column(features)
+    if label not in features:
+        raise ValueError(f"There is no column {label!r}; the data set has {sorted(features)}.")
+    inputs = find_input_columns(features, input_column, exclude=label)
+    encoding = ClassEncoding.of(raw["train"], label)
     parts = {}
-    for name, part in raw.items():
-        part = part.select_columns([source, label])
-        part = part.rename_columns({old: new for old, new in ((source, target), (label, "label")) if old != new})
-        if part.features["label"] != classes:
-            part = part.cast_column("label", classes)
-        parts[name] = part
-    return DatasetDict(parts)
+    for name in ("train", "validation", "test"):
+        if name not in raw or (name != "train" and not has_labels(raw[name], label)):
+            continue
+        part = raw[name].select_columns([*inputs.names, label])
+        part = part.rename_columns({old: new for old, new in inputs.names.items() if old != new})
+        _check_inputs(part, list(inputs.names.values()), name)
+        parts[name] = encode_labels(part, label, encoding, name)
+    check_classes(parts, encoding)
+    return parts, inputs
 
 
-def _find_label(features: Features) -> str:
-    named = [name for name in LABEL_COLUMNS if name in features]
-    typed = [name for name, feature in features.items() if isinstance(feature, ClassLabel)]
-    for found in (named, typed):
-        if len(found) == 1:
-            return found[0]
-    raise ValueError(f"Cannot tell the label among the columns {sorted(features)}; pass label_column.")
+def _check_inputs(part: Dataset, columns: list[str], split: str) -> None:
+    """Raise if inputs are missing."""
+    table = part.with_format("arrow")
+    for name in columns:
+        missing = np.flatnonzero(table[name][:].is_null().to_numpy())
+        if len(missing):
+            raise ValueError(
+                f"{len(missing)} of {len(part)} rows of the split {split!r} have no {name}: rows "
+                f"{', '.join(map(str, missing[:5]))}{', ...' if len(missing) > 5 else ''}. Drop these rows, or fill "
+                "in empty texts."
+            )
 
 
-def _find_input(features: Features, input_column: str | None, exclude: str) -> tuple[str, str]:
-    """The input's column, and whether it becomes "image" or "text"."""
-    images = [name for name, feature in features.items() if isinstance(feature, Image)]
-    texts = [
-        name
-        for name, feature in features.items()
-        if isinstance(feature, Value) and "string" in feature.dtype and name not in (exclude, "label_text")
-    ]
-    if input_column is not None:
-        return input_column, "image" if input_column in images else "text"
-    if len(images) == 1:
-        return images[0], "image"
-    known = [name for name in TEXT_COLUMNS if name in texts] or texts
-    if not images and len(known) == 1:
-        return known[0], "text"
-    raise ValueError(f"Cannot tell the input among the columns {sorted(features)}; pass input_column.")
-
-
-def _class_label(train: Dataset, label: str) -> ClassLabel:
-    feature = train.features[label]
-    if isinstance(feature, ClassLabel):
-        return feature
-    values = np.asarray(train[label][:])
-    if not np.issubdtype(values.dtype, np.integer):
-        return ClassLabel(names=sorted({str(value) for value in values}))
-    names = {int(value): str(value) for value in np.unique(values)}
-    if "label_text" in train.column_names:
-        names = dict(zip(values.tolist(), train["label_text"][:], strict=True))
-    return ClassLabel(names=[names.get(index, str(index)) for index in range(max(names) + 1)])
-
-
-def _has_labels(part: Dataset) -> bool:
-    return len(part) > 0 and min(part["label"][:]) >= 0  # benchmarks hide test labels as -1
-
-
-def _out_of_distribution(path: str, test: Dataset, input_column: str | None, seed: int) -> Dataset:
-    target = "image" if "image" in test.column_names else "text"
+def _out_of_distribution(
+    path: str, test: Dataset, inputs: InputColumns, input_column: str | None, seed: int
+) -> Dataset:
+    names = list(inputs.names.values())
     if path == NOISE:
-        if target != "image":
+        if inputs.kind != "image":
             raise ValueError("ood='noise' is for images; of texts name a data set: a Hub id or a local folder.")
-        return test.select_columns([target]).map(partial(_noisy, seed=seed), with_indices=True, desc="Adding noise")
+
+        def noisy(row: dict, index: int) -> dict:
+            return {"image": add_noise(row["image"], NOISE_DEVIATION, np.random.default_rng((seed, index)))}
+
+        return test.select_columns(names).map(noisy, with_indices=True, desc="Adding noise")
     raw = load_dataset(HUB_IDS.get(path, path))
     part = raw["test"] if "test" in raw else raw[next(iter(raw))]
-    source, kind = _find_input(part.features, input_column, exclude=_find_label(part.features))
-    if kind != target:
-        raise ValueError(f"Out-of-distribution inputs must be of the kind {target!r}, found {kind!r} in {path!r}.")
-    return part.select_columns([source]).rename_columns({source: target} if source != target else {})
-
-
-def _noisy(row: dict, index: int, seed: int) -> dict:
-    pixels = np.asarray(row["image"], dtype=float)
-    noise = np.random.default_rng((seed, index)).normal(scale=255 * NOISE_DEVIATION, size=pixels.shape)
-    return {"image": PILImage.fromarray(np.clip(np.round(pixels + noise), 0, 255).astype(np.uint8))}
-
-
-def _augmentation(random_shift: float, horizontal_flip: bool) -> Callable | None:
-    if not (random_shift or horizontal_flip):
-        return None
-    from torchvision.transforms import v2
-
-    steps = []
-    if random_shift:
-        steps.append(v2.RandomAffine(degrees=0, translate=(random_shift, random_shift)))
-    if horizontal_flip:
-        steps.append(v2.RandomHorizontalFlip())
-    return v2.Compose(steps)
-
-
-def _pixel_values(batch: dict, processor: Any, augment: Callable | None) -> dict:
-    images = [image.convert("RGB") for image in batch["image"]]
-    if augment is not None:
-        images = [augment(image) for image in images]
-    encoded = {"pixel_values": processor(images, return_tensors="pt")["pixel_values"]}
-    return encoded if "label" not in batch else {**encoded, "labels": batch["label"]}
+    own = input_column if input_column in part.features else None
+    try:
+        label = find_label_column(part.features)
+    except ValueError:  # inputs alone are enough here
+        label = ""
+    found = find_input_columns(part.features, own, exclude=label)
+    if list(found.names.values()) != names:
+        raise ValueError(
+            f"Out-of-distribution inputs must be of the kind {' and '.join(map(repr, names))}, found "
+            f"{' and '.join(map(repr, found.names.values()))} in {path!r}."
+        )
+    part = part.select_columns(list(found.names))
+    part = part.rename_columns({old: new for old, new in found.names.items() if old != new})
+    _check_inputs(part, names, path)
+    return part

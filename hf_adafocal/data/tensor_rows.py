@@ -22,6 +22,8 @@ from PIL import Image as PILImage
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from hf_adafocal.data.images import to_rgb
+
 
 def stack_images(images: Iterable[PILImage.Image], size: int | None = None) -> Tensor:
     """Decoded images as one tensor.
@@ -38,7 +40,7 @@ def stack_images(images: Iterable[PILImage.Image], size: int | None = None) -> T
     """
 
     def array(image: PILImage.Image) -> np.ndarray:
-        image = image.convert("RGB")
+        image = to_rgb(image)
         return np.asarray(image if size is None else image.resize((size, size), PILImage.Resampling.BICUBIC))
 
     return torch.from_numpy(np.stack([array(image) for image in images])).movedim(-1, 1).contiguous()

@@ -1,4 +1,4 @@
-"""What to fine-tune: data, a fresh model and how to batch, described by command-line arguments."""
+"""Tasks to fine-tune on, described by command-line arguments: data, model and data collator."""
 
 import json
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
 from transformers import (
+    AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -15,7 +16,8 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_adafocal.data.loading import Splits, encode_images, encode_texts, load_splits
+from hf_adafocal.data.encoding import encode_images, encode_texts
+from hf_adafocal.data.loading import Splits, load_splits
 from hf_adafocal.models import (
     GlobalPoolingCNNConfig,
     GlobalPoolingCNNForSequenceClassification,
@@ -25,11 +27,11 @@ from hf_adafocal.models import (
 
 
 class Prepared(NamedTuple):
-    """A task with its data read.
+    """The data, model, processor and collator of a task.
 
     Attributes:
         splits: Model inputs and `labels`.
-        model_init: Builds the model; fresh weights follow torch's seed.
+        model_init: Builds the model; fresh weights depend on torch's seed.
         processing_class: Tokenizer or image processor, saved with the checkpoint.
         data_collator: Makes batches.
     """
@@ -42,35 +44,49 @@ class Prepared(NamedTuple):
 
 @dataclass
 class Task:
-    """Arguments of every task."""
+    """Arguments of every classification task; subclasses say how the data become model inputs."""
 
     dataset: str = field(metadata={"help": "A built-in name, a Hub id or a local folder."})
     model_name_or_path: str | None = field(
         default=None,
-        metadata={"help": "Checkpoint to fine-tune, a Hub id or a local folder; None trains from scratch."},
+        metadata={"help": "Checkpoint to fine-tune, a Hub id or a local folder; left out: train from scratch."},
     )
-    label_column: str | None = field(default=None, metadata={"help": "Column of labels, if it cannot be told."})
-    input_column: str | None = field(default=None, metadata={"help": "Column of inputs, if it cannot be told."})
+    label_column: str | None = field(
+        default=None, metadata={"help": "Column of class labels (default: found by name or type)."}
+    )
+    input_column: str | None = field(
+        default=None,
+        metadata={
+            "help": "Column of texts or images, or two text columns of sentence pairs as premise,hypothesis (default: "
+            "found by type and name)."
+        },
+    )
     holdout_fraction: float = field(
-        default=0.1, metadata={"help": "Share of train held out for calibration, if there is no split for it."}
+        default=0.1,
+        metadata={"help": "Share of the training split to hold out for calibration if there is no split for it."},
     )
-    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many samples, stratified."})
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on this many samples, stratified by label."}
+    )
     ood: str | None = field(
         default=None,
-        metadata={"help": "Out-of-distribution inputs to tell from the test split: a Hub id, a folder, or noise."},
+        metadata={
+            "help": "Out-of-distribution inputs to tell from the test split: a Hub id, a local folder, or noise (the "
+            "test images under Gaussian noise)."
+        },
     )
-    split_seed: int | None = field(default=None, metadata={"help": "Seed of the splits; that of the run if left out."})
+    split_seed: int | None = field(default=None, metadata={"help": "Seed of the splits (default: --seed)."})
 
     from_scratch: ClassVar[dict[str, Any]] = {}
     fine_tuned: ClassVar[dict[str, Any]] = {}
 
     @property
     def training_defaults(self) -> dict[str, Any]:
-        """Training arguments that suit the task where the user gives none."""
+        """Default training arguments of the task."""
         return self.from_scratch if self.model_name_or_path is None else {**self.from_scratch, **self.fine_tuned}
 
     def load(self, seed: int) -> Splits:
-        """Read the data and split it."""
+        """Load the data set as disjoint splits."""
         return load_splits(
             self.dataset,
             label_column=self.label_column,
@@ -89,8 +105,10 @@ class TextTask(Task):
     dataset: str = field(
         default="20_newsgroups", metadata={"help": "20_newsgroups, a Hub id or a local folder of texts with labels."}
     )
-    max_length: int = field(default=256, metadata={"help": "Tokens kept of a text."})
-    vocab_size: int = field(default=20000, metadata={"help": "Words of the tokenizer trained for the CNN."})
+    max_length: int = field(
+        default=256, metadata={"help": "Longest text or pair of texts in tokens, at most what the model takes."}
+    )
+    vocab_size: int = field(default=20000, metadata={"help": "Words of the tokenizer that is trained for the CNN."})
 
     from_scratch: ClassVar[dict[str, Any]] = {
         "output_dir": "runs/text",
@@ -117,8 +135,9 @@ class TextTask(Task):
         names = splits.label_names
         labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
         if self.model_name_or_path is None:
-            tokenizer = train_word_level_tokenizer(splits.train["text"], self.vocab_size, self.max_length)
-            config = GlobalPoolingCNNConfig(
+            pairs = splits.train["text_pair"][:] if "text_pair" in splits.train.column_names else []
+            tokenizer = train_word_level_tokenizer([*splits.train["text"], *pairs], self.vocab_size, self.max_length)
+            config: Any = GlobalPoolingCNNConfig(
                 vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=len(names), **labels
             )
 
@@ -126,13 +145,14 @@ class TextTask(Task):
                 return GlobalPoolingCNNForSequenceClassification(config)
         else:
             tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
+            config = AutoConfig.from_pretrained(self.model_name_or_path)
 
             def model_init() -> PreTrainedModel:
                 return AutoModelForSequenceClassification.from_pretrained(
                     self.model_name_or_path, num_labels=len(names), ignore_mismatched_sizes=True, **labels
                 )
 
-        encoded = encode_texts(splits, tokenizer, self.max_length)
+        encoded = encode_texts(splits, tokenizer, self.max_length, config=config)
         return Prepared(encoded, model_init, tokenizer, DataCollatorWithPadding(tokenizer))
 
 
@@ -144,17 +164,17 @@ class ImageTask(Task):
         default="digits", metadata={"help": "digits, cifar10, a Hub id or a local folder of images with labels."}
     )
     architecture: str = field(
-        default="vit_tiny_patch16_224", metadata={"help": "timm architecture to train from scratch."}
+        default="vit_tiny_patch16_224", metadata={"help": "timm architecture that is trained from scratch."}
     )
     model_args: str = field(
         default='{"img_size": 16, "patch_size": 4, "embed_dim": 64, "depth": 4, "num_heads": 4}',
-        metadata={"help": "Arguments of timm.create_model, as JSON."},
+        metadata={"help": "Further arguments of timm.create_model, as JSON."},
     )
-    image_size: int = field(default=16, metadata={"help": "Side of the input of a network from scratch, in pixels."})
+    image_size: int = field(default=16, metadata={"help": "Input size of a network from scratch, in pixels."})
     random_shift: float = field(
-        default=0.125, metadata={"help": "Training images are shifted by up to this share of their side."}
+        default=0.125, metadata={"help": "Shift training images at random by up to this share of their side."}
     )
-    horizontal_flip: bool = field(default=False, metadata={"help": "Training images are mirrored half of the time."})
+    horizontal_flip: bool = field(default=False, metadata={"help": "Mirror training images at random, half of them."})
 
     from_scratch: ClassVar[dict[str, Any]] = {
         "output_dir": "runs/vision",

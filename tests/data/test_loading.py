@@ -9,7 +9,8 @@ from PIL import Image as PILImage
 from sklearn.datasets import load_digits
 from transformers import ViTImageProcessor
 
-from hf_adafocal.data.loading import Splits, encode_images, encode_texts, load_splits
+from hf_adafocal.data.encoding import encode_images, encode_texts
+from hf_adafocal.data.loading import Splits, load_splits
 from hf_adafocal.models import train_word_level_tokenizer
 
 
@@ -98,9 +99,13 @@ class TestLocalFolder:
             load_splits(save(tmp_path / "d", train=texts(40)), input_column="body")
 
     def test_several_texts_without_a_known_name_must_be_chosen(self, tmp_path):
-        data = Dataset.from_dict({"premise": ["a"] * 8, "hypothesis": ["b"] * 8, "label": [0, 1] * 4})
+        data = Dataset.from_dict({"title": ["a"] * 8, "body": ["b"] * 8, "label": [0, 1] * 4})
         with pytest.raises(ValueError, match="Cannot tell the input.*pass input_column"):
             load_splits(save(tmp_path / "d", train=data))
+
+    def test_fewer_training_samples_than_classes_is_an_error(self, tmp_path):
+        with pytest.raises(ValueError, match="max_train_samples=3 is fewer than the 4 classes of train"):
+            load_splits(save(tmp_path / "d", train=texts(80)), max_train_samples=3)
 
     def test_without_a_train_split_it_says_which_splits_there_are(self, tmp_path):
         with pytest.raises(ValueError, match=r"needs a split 'train', found \['test'\]"):

@@ -13,8 +13,9 @@ from PIL import Image as PILImage
 from torch.utils.data import Subset
 from transformers import DefaultDataCollator
 
+from hf_adafocal.data.encoding import encode_texts
 from hf_adafocal.data.fingerprint import fingerprint
-from hf_adafocal.data.loading import Splits, encode_texts, load_splits
+from hf_adafocal.data.loading import Splits, load_splits
 from hf_adafocal.data.overlap import check_splits, drop_overlap, without_overlap
 from hf_adafocal.models import train_word_level_tokenizer
 from hf_adafocal.runs.finetune import finetune
@@ -277,6 +278,11 @@ class TestWithoutOverlap:
         with pytest.raises(ValueError, match="1 of 1 test rows"):
             check_splits({"train": one, "test": other})
 
+    def test_an_empty_set_shares_nothing(self, warnings):
+        empty = texts("a").select([]).remove_columns("text")
+        assert check_splits({"train": texts("a"), "test": empty}).overlap == {"test in train": 0}
+        assert not warnings.text and drop_overlap(empty, {"test": texts("a")})[0] is empty
+
     def test_sets_without_a_common_input_cannot_be_compared(self, warnings):
         check_splits({"train": texts("a"), "test": [{"input_ids": [1]}]})
         assert "cannot be checked for train: no model input is among ['label', 'text']" in warnings.text
@@ -371,7 +377,8 @@ class TestLoadSplits:
         assert list(splits.test["text"]) == ["e0", "both", "in test", ""]
         assert list(splits.calibration["text"]) == ["c0", "shared", ""]
         assert list(splits.train["text"]) == [*(f"t{i}" for i in range(80)), ""]
-        assert "3 of train, 2 of calibration" in warnings.text
+        assert "Dropped 3 of 84 training rows" in warnings.text
+        assert "Dropped 2 of 5 calibration rows whose inputs stand in test too" in warnings.text
 
     def test_parts_carved_from_repeated_rows_share_none(self, tmp_path):
         rows = [f"text {index % 30}" for index in range(200)]
