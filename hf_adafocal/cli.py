@@ -189,16 +189,15 @@ def _measure(options: argparse.Namespace, rest: list[str], checkpoint: str, outp
     from hf_adafocal.report.tables import report_table
     from hf_adafocal.runs.evaluate import evaluate_checkpoint
 
-    report, test = evaluate_checkpoint(
+    report = evaluate_checkpoint(
         _task(options, rest, checkpoint),
         _seed(options),
         num_bins=options.num_bins,
         batch_size=options.batch_size,
         split_overlap=options.split_overlap,
     )
-    output.mkdir(parents=True, exist_ok=True)
-    save_report(output, report, test)
-    print(report_table(report["test"]))
+    save_report(output, report)
+    print(report_table(report))
     print(f"\nSaved in {output}: report.json, README.md and pictures")
     return 0
 
@@ -218,7 +217,8 @@ def _seed(options: argparse.Namespace) -> int:
 
     if options.seed is not None:
         return options.seed
-    return int((read_report(options.checkpoint) or {}).get("seed", 0))
+    report = read_report(options.checkpoint)
+    return 0 if report is None or report.seed is None else report.seed
 
 
 def _card(options: argparse.Namespace, rest: list[str]) -> int:

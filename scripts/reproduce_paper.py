@@ -35,7 +35,7 @@ from hf_adafocal import AdaFocalTrainer, AdaFocalTrainingArguments
 from hf_adafocal.data.tensor_rows import TensorRows, whole_batch
 from hf_adafocal.metrics import calibration_report, entropy_score, expected_calibration_error, ood_auroc, softmax
 from hf_adafocal.preserved_state import evaluating
-from hf_adafocal.report.files import versions
+from hf_adafocal.report.facts import versions
 from hf_adafocal.scaling.fit import fit_temperature
 from hf_adafocal.training.checkpoints import last_complete_checkpoint
 

@@ -15,5 +15,5 @@ if __name__ == "__main__":
     task, args = parse_arguments(TextTask)
     report = finetune(task, args)
     if args.process_index == 0:
-        print(report_table(report["test"]))
+        print(report_table(report))
     PartialState().destroy_process_group()

@@ -13,6 +13,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
 from hf_adafocal.report.schema import Report
+from hf_adafocal.report.tables import METRICS, report_table
 
 START = "<!-- calibration report of hf-adafocal: the text down to its end marker is replaced by the next one -->"
 END = "<!-- end of the calibration report of hf-adafocal -->"
@@ -29,19 +30,10 @@ LOSS_NAMES = {
     "adaptive_label_smoothing": "adaptive label smoothing",
 }
 
-# Key in a report, heading, `metric_type` on the Hub, factor, digits.
-METRICS = (
-    ("accuracy", "accuracy %", "accuracy", 100, 2),
-    ("nll", "NLL", "nll", 1, 3),
-    ("brier", "Brier", "brier_score", 1, 3),
-    ("ece", "ECE %", "ece", 100, 2),
-    ("ada_ece", "AdaECE %", "ada_ece", 100, 2),
-    ("classwise_ece", "classwise ECE %", "classwise_ece", 100, 2),
-    ("mce", "MCE %", "mce", 100, 2),
-)
+HUB_METRICS = {key: "brier_score" if key == "brier" else key for key in METRICS}  # `metric_type` on the Hub
 
 
-def write_card(folder: str | Path, report: Mapping[str, Any], **options) -> Path:
+def write_card(folder: str | Path, report: Report, **options) -> Path:
     """Write or renew `README.md` of a run folder; options are those of `model_card`.
 
     Pictures are shown if they lie in the folder. An existing README keeps everything outside the block.
@@ -50,8 +42,6 @@ def write_card(folder: str | Path, report: Mapping[str, Any], **options) -> Path
         The path of the card.
     """
     folder = Path(folder)
-    if isinstance(report, Report):
-        report = _as_before(report)
     path = folder / "README.md"
     existing = path.read_text() if path.exists() else None
     pictures = [name for name in PICTURES if (folder / name).exists()]
@@ -78,7 +68,7 @@ def _as_before(report: Report) -> dict[str, Any]:
 
 
 def model_card(
-    report: Mapping[str, Any],
+    report: Report,
     *,
     name: str,
     repo_id: str | None = None,
@@ -89,21 +79,18 @@ def model_card(
     """The text of a card.
 
     Args:
-        report: A `report.json` of `finetune`.
+        report: As `build_report` makes it.
         name: Title of a new card.
         repo_id: Where the checkpoint is going to live, for the example; else the name.
         existing: Text of the card there is; a stock card of the Trainer and one without the block get it at the end.
         pictures: Names of `PICTURES` that lie beside the card.
         license: Licence of the checkpoint, as the Hub spells it.
-
-    Raises:
-        ValueError: If the report lacks its test metrics.
     """
-    if not isinstance(report.get("test"), Mapping) or "raw" not in report["test"]:
-        raise ValueError(f"The report must hold test.raw, the metrics of the test split; found {sorted(report)}.")
     card = ModelCard(existing) if existing else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
-    _merge_metadata(card.data, report, name, license)
-    block = f"{START}\n\n{_block(report, repo_id or name, pictures)}\n\n{END}"
+    table = report_table(report, tuple(METRICS), intervals=tuple(METRICS), mark=True)
+    facts = _as_before(report)
+    _merge_metadata(card.data, facts, name, license)
+    block = f"{START}\n\n{_block(facts, table, repo_id or name, pictures)}\n\n{END}"
     text = card.text
     if START in text and END in text:
         before, rest = text.split(START, 1)
@@ -141,13 +128,11 @@ def _results(report: Mapping[str, Any], dataset: str) -> list[EvalResult]:
             dataset_type=dataset,
             dataset_name=dataset,
             dataset_split=report.get("split", "test"),
-            metric_type=metric_type,
-            metric_name=f"{heading.removesuffix(' %')} ({bins} bins)"
-            if "CE" in heading
-            else heading.removesuffix(" %"),
+            metric_type=HUB_METRICS[key],
+            metric_name=column.heading.removesuffix(" %") + (f" ({bins} bins)" if "CE" in column.heading else ""),
             metric_value=values[key],
         )
-        for key, heading, metric_type, _, _ in METRICS
+        for key, column in METRICS.items()
         if key in values
     ]
 
@@ -166,7 +151,7 @@ def _shipped(report: Mapping[str, Any]) -> str:
     return "temperature_scaled" if report.get("folded") else "raw"
 
 
-def _block(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> str:
+def _block(report: Mapping[str, Any], table: str, repo_id: str, pictures: Sequence[str]) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = environment.from_string(files("hf_adafocal.report").joinpath("card_template.md").read_text())
     test, loss, shipped = report["test"], report.get("loss", {}), _shipped(report)
@@ -177,7 +162,7 @@ def _block(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> 
         resamples=test.get("intervals", {}).get("num_resamples"),
         temperature=test.get("temperature"),
         folded=shipped == "temperature_scaled",
-        table=_table(report),
+        table=table,
         pictures=[{"file": name, "alt": PICTURES[name]} for name in pictures],
         task=task_of(report),
         repo_id=repo_id,
@@ -185,8 +170,8 @@ def _block(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> 
         settings={name: value for name, value in loss.items() if name != "name"},
         gamma=report.get("gamma"),
         smoothing=report.get("smoothing"),
-        by_temperature=loss.get("update_rule") == "temperature",
-        signal="temperature of slices of" if loss.get("update_rule") == "temperature" else "calibration gap on",
+        by_temperature=False,
+        signal="temperature of slices of" if report.get("smoothing") else "calibration gap on",
         training=report.get("training", {}),
         seed=report.get("seed"),
         sizes={
@@ -200,31 +185,6 @@ def _block(report: Mapping[str, Any], repo_id: str, pictures: Sequence[str]) -> 
         versions=report.get("versions", {}),
         better=[name for name, values in baselines.items() if values["ece"] < test[shipped]["ece"]],
     ).strip()
-
-
-def _table(report: Mapping[str, Any]) -> str:
-    test = report["test"]
-    columns = [column for column in METRICS if column[0] in test["raw"]]
-    rows = [["scores", *(heading for _, heading, _, _, _ in columns)], ["---"] * (len(columns) + 1)]
-    for name, title in (
-        ("raw", "as trained"),
-        ("temperature_scaled", f"divided by T = {test.get('temperature', 1):.3g}"),
-    ):
-        if name in test:
-            marked = f"**{title}** (this checkpoint)" if name == _shipped(report) else title
-            rows.append([marked, *(_cell(test, name, column) for column in columns)])
-    for title, values in report.get("baselines", {}).items():
-        rows.append(
-            [f"baseline: {title}", *(f"{values[key] * factor:.{digits}f}" for key, _, _, factor, digits in columns)]
-        )
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
-def _cell(test: Mapping[str, Any], name: str, column: tuple) -> str:
-    key, _, _, factor, digits = column
-    value = f"{test[name][key] * factor:.{digits}f}"
-    interval = test.get("intervals", {}).get(name, {}).get(key)
-    return f"{value} ({interval[0] * factor:.{digits}f} to {interval[1] * factor:.{digits}f})" if interval else value
 
 
 def _union(present: Any, added: Sequence[str | None]) -> list[str]:

@@ -1,22 +1,25 @@
-"""What a comparison says in words, computed from the differences between runs of one seed."""
+"""A verdict in words on several losses, from paired differences between runs of one seed."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from scipy.stats import t
 
-RAW, SCALED = "raw", "temperature_scaled"
+from hf_adafocal.report.schema import RAW, SCALED
+
+LEVEL = 0.95
 
 
-def verdict(reports: dict[str, Sequence[dict[str, Any]]], baseline: str = "cross_entropy") -> str:
-    """Which loss is calibrated best without a fit and after temperature scaling, by ECE, and at what price.
+def verdict(tests: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str = "cross_entropy") -> str:
+    """Say which loss is calibrated best as trained and after temperature scaling, where there is evidence for it.
 
-    Differences are paired by seed. One whose 95 % interval (Student's, for their mean) holds 0 is called noise. If the
-    baseline with temperature scaling is not worse than the best loss without a fit, the advice is to use just that.
+    Differences of ECE are paired by seed. A loss is called best only if its 95 % intervals (Student's, for the mean
+    difference) against every other loss lie below 0, with the level divided among those comparisons (Bonferroni).
+    One seed is no evidence: then nothing is called best.
 
     Args:
-        reports: For each loss the `test` entries of its runs, in one order of seeds; the baseline among them.
+        tests: For each loss the `test` entry of each run's report, in one order of seeds.
         baseline: The loss that the others are compared with.
 
     Returns:
@@ -25,71 +28,92 @@ def verdict(reports: dict[str, Sequence[dict[str, Any]]], baseline: str = "cross
     Raises:
         ValueError: If the losses have different numbers of runs.
     """
-    if baseline not in reports or len(reports) < 2:
+    if baseline not in tests or len(tests) < 2:
         return ""
-    counts = {loss: len(runs) for loss, runs in reports.items()}
+    counts = {loss: len(runs) for loss, runs in tests.items()}
     if len(set(counts.values())) > 1:
         raise ValueError(f"Every loss needs a run of every seed, found {counts}.")
     seeds = counts[baseline]
     percent = {
         (loss, scaling, key): 100 * np.asarray([run[scaling][key] for run in runs])
-        for loss, runs in reports.items()
+        for loss, runs in tests.items()
         for scaling in (RAW, SCALED)
         for key in ("ece", "accuracy")
     }
-
-    def best(scaling: str) -> str:
-        return min(reports, key=lambda loss: percent[loss, scaling, "ece"].mean())
-
-    def praise(scaling: str) -> str:
-        loss = best(scaling)
-        text = f"{loss} is calibrated best: ECE {percent[loss, scaling, 'ece'].mean():.2f} %"
-        if loss == baseline:
-            return text
-        ece, accuracy = (percent[loss, scaling, key] - percent[baseline, scaling, key] for key in ("ece", "accuracy"))
-        return f"{text}, {paired_difference(ece)} against {baseline}, for {paired_difference(accuracy)} of accuracy"
-
-    fitted = percent[baseline, SCALED, "ece"]
-    excess = fitted - percent[best(RAW), RAW, "ece"]
-    if excess.mean() <= 0 or _is_noise(excess):
-        advice = f"Just use temperature scaling: {baseline} with it has an ECE of {fitted.mean():.2f} %, "
-    else:
-        advice = (
-            f"Temperature scaling does not make up for it: {baseline} with it has an ECE of {fitted.mean():.2f} %, "
+    if seeds == 1:
+        values = ", ".join(f"{loss} {percent[loss, RAW, 'ece'][0]:.2f} %" for loss in tests)
+        return (
+            f"One seed: differences between the losses cannot be told from chance, so none is called best (ECE as "
+            f"trained: {values}). Repeat it with more seeds, say --seeds 0 1 2."
         )
-    intro = (
-        f"{seeds} seeds, paired differences with 95 % intervals." if seeds > 1 else "One seed: repeat it with more."
-    )
-    return (
-        f"{intro} Without a fit {praise(RAW)}. After temperature scaling {praise(SCALED)}. "
-        f"{advice}{paired_difference(excess)} against the best without a fit."
-    )
+    sentences = [f"{seeds} seeds, paired differences with 95 % intervals."]
+    for scaling, when in ((RAW, "As trained"), (SCALED, "After temperature scaling")):
+        sentences.append(f"{when} {_ranking(tests, percent, scaling, baseline)}")
+    fitted, lowest = percent[baseline, SCALED, "ece"], percent[_lowest(tests, percent, RAW), RAW, "ece"]
+    excess = fitted - lowest
+    scaled = f"{baseline} with a fitted temperature has an ECE of {fitted.mean():.2f} %, {paired_difference(excess)}"
+    against = "against the lowest as trained"
+    if excess.mean() <= 0 or is_noise(excess):
+        sentences.append(f"A temperature is enough here: {scaled} {against}.")
+    else:
+        sentences.append(f"A temperature alone does not reach it: {scaled} {against}.")
+    return " ".join(sentences)
+
+
+def _lowest(tests: Mapping[str, Any], percent: Mapping[tuple[str, str, str], np.ndarray], scaling: str) -> str:
+    return min(tests, key=lambda loss: percent[loss, scaling, "ece"].mean())
+
+
+def _ranking(
+    tests: Mapping[str, Any], percent: Mapping[tuple[str, str, str], np.ndarray], scaling: str, baseline: str
+) -> str:
+    loss = _lowest(tests, percent, scaling)
+    others = [other for other in tests if other != loss]
+    level = 1 - (1 - LEVEL) / len(others)
+    ece = {other: percent[loss, scaling, "ece"] - percent[other, scaling, "ece"] for other in others}
+    equals = [other for other in others if is_noise(ece[other], level)]
+    value = f"{percent[loss, scaling, 'ece'].mean():.2f} %"
+    text = f"{loss} is calibrated best: ECE {value}"
+    if equals:
+        text = f"none is calibrated best by evidence: {loss} has the lowest ECE, {value}, within noise of "
+        text += " and ".join([", ".join(equals[:-1]), equals[-1]] if len(equals) > 1 else equals)
+    if loss == baseline:
+        return f"{text}."
+    accuracy = percent[loss, scaling, "accuracy"] - percent[baseline, scaling, "accuracy"]
+    price = f"{paired_difference(ece[baseline])} against {baseline}, for {paired_difference(accuracy)} of accuracy"
+    return f"{text}; {price}."
 
 
 def paired_difference(differences: np.ndarray) -> str:
     """The mean of paired differences with its 95 % interval, and whether it is noise.
 
     Args:
-        differences: In percent, one a seed, shape `(seeds,)`.
+        differences: In percent, one per seed, shape `(seeds,)`.
 
     >>> paired_difference(np.array([-5.0, -6.0, -7.0]))
     '-6.00 points (-8.48 to -3.52)'
     """
     text = f"{differences.mean():+.2f} points"
-    interval = _interval(differences)
+    interval = student_interval(differences)
     if interval is None:
         return text
-    return f"{text} ({interval[0]:+.2f} to {interval[1]:+.2f}{', noise' if _is_noise(differences) else ''})"
+    return f"{text} ({interval[0]:+.2f} to {interval[1]:+.2f}{', noise' if is_noise(differences) else ''})"
 
 
-def _interval(differences: np.ndarray) -> tuple[float, float] | None:
-    """Student's interval of 95 % for the mean of paired differences; None of a single one."""
+def student_interval(differences: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
+    """Student's interval for the mean of paired differences; None of a single one.
+
+    >>> low, high = student_interval(np.array([-5.0, -6.0, -7.0]))
+    >>> round(low, 2), round(high, 2)
+    (-8.48, -3.52)
+    """
     if len(differences) < 2:
         return None
-    half = t.ppf(0.975, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
-    return differences.mean() - half, differences.mean() + half
+    half = t.ppf((1 + level) / 2, len(differences) - 1) * differences.std(ddof=1) / len(differences) ** 0.5
+    return float(differences.mean() - half), float(differences.mean() + half)
 
 
-def _is_noise(differences: np.ndarray) -> bool:
-    interval = _interval(differences)
-    return interval is not None and interval[0] <= 0 <= interval[1]
+def is_noise(differences: np.ndarray, level: float = LEVEL) -> bool:
+    """Whether the interval of the mean difference holds 0; a single difference is always noise."""
+    interval = student_interval(differences, level)
+    return interval is None or interval[0] <= 0 <= interval[1]

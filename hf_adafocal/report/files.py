@@ -8,22 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from transformers.utils import logging
 
-from hf_adafocal.metrics.binning import bin_statistics, equal_width_edges
-from hf_adafocal.metrics.scores import softmax, top_label
-from hf_adafocal.report.card import write_card
-from hf_adafocal.report.facts import versions as versions
+from hf_adafocal.report.card import PICTURES, write_card
 from hf_adafocal.report.schema import RAW, SCALED, Report
-from hf_adafocal.scaling.fit import Scaling
+from hf_adafocal.report.tables import scores_titles
 
 logger = logging.get_logger(__name__)
 
 FILE = "report.json"
 
 
-def save_report(folder: str | Path, report: Report, test: tuple[np.ndarray, np.ndarray] | None = None) -> None:
+def save_report(folder: str | Path, report: Report) -> None:
     """Write `report.json`, `reliability.png`, `gamma.png` if the loss adapted, and the card.
 
     Each file is written beside its place and renamed, so a full disk leaves the earlier one as it was.
@@ -31,18 +27,16 @@ def save_report(folder: str | Path, report: Report, test: tuple[np.ndarray, np.n
     Args:
         folder: Of the checkpoint; created if it is missing.
         report: As `build_report` makes it.
-        test: Only with a report that is still a dict.
     """
     folder = Path(folder)
-    if not isinstance(report, Report):  # until all callers build theirs with `build_report`
-        write_atomically(folder / FILE, json.dumps(report, indent=2) + "\n")
-        _draw(folder, report, *test)
-        write_card(folder, report)
-        return
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / FILE, json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
+    _write(folder, report)
     draw(folder, report)
     write_card(folder, report)
+
+
+def _write(folder: Path, report: Report) -> None:
+    write_atomically(folder / FILE, json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
 
 
 def read_report(folder: str | Path) -> Report | None:
@@ -55,10 +49,7 @@ def read_report(folder: str | Path) -> Report | None:
     if not path.is_file():
         return None
     try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(document, dict) and "schema_version" not in document:
-            return document  # until all callers build theirs with `build_report`
-        return Report.from_dict(document)
+        return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
 
@@ -99,18 +90,10 @@ def add_baselines(runs: Mapping[str, Sequence[Path]], baseline: str = "cross_ent
             report, other = read_report(folder), read_report(beside)
             if report is None or other is None:
                 raise ValueError(f"Expected {FILE} in {folder} and {beside}; repeat the runs.")
-            if isinstance(report, Report) and isinstance(other, Report):
-                rows = other.test.rows()
-                titles = {RAW: baseline, SCALED: f"{baseline} + temperature scaling"}
-                report = replace(report, baselines={titles[name]: metrics for name, metrics in rows.items()})
-                write_atomically(folder / FILE, json.dumps(report.to_dict(), indent=2, allow_nan=False) + "\n")
-                write_card(folder, report)
-                continue
-            report["baselines"] = {
-                baseline: other["test"]["raw"],
-                f"{baseline} + temperature scaling": other["test"]["temperature_scaled"],
-            }
-            (folder / FILE).write_text(json.dumps(report, indent=2) + "\n")
+            titles = {RAW: baseline, SCALED: f"{baseline} + temperature scaling"}
+            baselines = {titles[name]: metrics for name, metrics in other.test.rows().items()}
+            report = replace(report, baselines=baselines)
+            _write(folder, report)
             write_card(folder, report)
 
 
@@ -125,40 +108,22 @@ def pictures() -> Any:
 
 
 def draw(folder: str | Path, report: Report) -> None:
-    """Draw `reliability.png`, and `gamma.png` if the loss adapted, from the report alone."""
+    """Draw `reliability.png`, and `gamma.png` if the loss adapted; pictures of an earlier report go."""
     plots = pictures()
-    if plots is None:
-        return
-    titles = {RAW: "as trained", SCALED: "vector scaled"}
-    if report.test.temperature is not None:
-        titles[SCALED] = f"temperature {report.test.temperature:.2f}"
-    bins = {titles[name]: stats for name, stats in report.test.reliability.items()}
-    if bins:
-        _save(plots.reliability_diagram(bins), Path(folder) / "reliability.png")
+    figures: dict[str, Any] = {}
+    if plots is not None and report.test.reliability:
+        titles = scores_titles(report)
+        bins = {titles[name]: stats for name, stats in report.test.reliability.items()}
+        figures["reliability.png"] = plots.reliability_diagram(bins)
     gammas = [update for update in report.adaptation if "gammas" in update]
-    if gammas:
-        figure = plots.gamma_trajectory([update["step"] for update in gammas], [update["gammas"] for update in gammas])
-        _save(figure, Path(folder) / "gamma.png")
-
-
-def _save(figure: Any, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png")
-    write_atomically(path, content.getvalue())
-
-
-def _draw(folder: Path, report: Mapping[str, Any], logits: np.ndarray, labels: np.ndarray) -> None:
-    plots = pictures()
-    if plots is None:
-        return
-    scaling = Scaling.from_dict(report["test"]["scaling"])
-    scaled = "vector scaled" if scaling.method == "vector" else f"temperature {1 / scaling.scale:.2f}"
-    num_bins = report["test"]["raw"]["num_bins"]
-    diagrams = {
-        title: bin_statistics(*top_label(softmax(values), labels), equal_width_edges(num_bins))
-        for title, values in (("as trained", logits), (scaled, scaling.apply(logits)))
-    }
-    plots.reliability_diagram(diagrams).savefig(folder / "reliability.png")
-    if report.get("gamma"):
-        steps = [entry["step"] for entry in report["gamma"]]
-        plots.gamma_trajectory(steps, [entry["gammas"] for entry in report["gamma"]]).savefig(folder / "gamma.png")
+    if plots is not None and gammas:
+        steps = [update["step"] for update in gammas]
+        figures["gamma.png"] = plots.gamma_trajectory(steps, [update["gammas"] for update in gammas])
+    for name in PICTURES:
+        path = Path(folder) / name
+        if name in figures:
+            content = io.BytesIO()
+            figures[name].savefig(content, format="png")
+            write_atomically(path, content.getvalue())
+        else:
+            path.unlink(missing_ok=True)

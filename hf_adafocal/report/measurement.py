@@ -148,4 +148,4 @@ def measure_collected(collected: Collected) -> Measured:
     """The same shape for metrics that were computed before."""
     counts = {"num_samples": int(collected.num_samples), "num_bins": int(collected.num_bins)}
     metrics = {name: float(value) for name, value in collected.metrics.items() if np.isfinite(value)}
-    return Measured({**counts, **metrics}, {}, collected.reliability)
+    return Measured({**metrics, **counts}, {}, collected.reliability)

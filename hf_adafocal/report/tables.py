@@ -1,110 +1,129 @@
-"""What a fine-tune is worth on its test split, before and after temperature scaling."""
+"""Markdown tables of calibration metrics: of one report (command line, model card) and of several runs."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from hf_adafocal.metrics.bootstrap import report_intervals
-from hf_adafocal.metrics.scores import calibration_report, softmax
-from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling
-
-# What tables show of a report: key, heading, factor, digits.
-COLUMNS = (
-    ("accuracy", "accuracy %", 100, 2),
-    ("nll", "NLL", 1, 3),
-    ("brier", "Brier", 1, 3),
-    ("ece", "ECE %", 100, 2),
-    ("ada_ece", "AdaECE %", 100, 2),
-)
-# Kind of bins of each binned metric.
-BINS = {"ece": "equal_width", "ada_ece": "equal_mass", "classwise_ece": "equal_width", "mce": "equal_width"}
+from hf_adafocal.report.schema import RAW, SCALED, Report
 
 
-def split_report(
-    test: tuple[np.ndarray, np.ndarray],
-    calibration: tuple[np.ndarray, np.ndarray],
-    num_bins: int = 15,
+class Column(NamedTuple):
+    """How a metric is shown.
+
+    Attributes:
+        key: Its name in a report.
+        heading: Of the column.
+        factor: 100 for a fraction shown in percent.
+        digits: After the decimal point.
+    """
+
+    key: str
+    heading: str
+    factor: float
+    digits: int
+
+    def text(self, value: float | None, interval: Sequence[float] | None = None) -> str:
+        """A value, with its interval in brackets if there is one; empty for None.
+
+        >>> Column("ece", "ECE %", 100, 2).text(0.03, (0.02, 0.04))
+        '3.00 (2.00 to 4.00)'
+        """
+        if value is None:
+            return ""
+        low_to_high = " to ".join(f"{self.factor * end:.{self.digits}f}" for end in interval or ())
+        return f"{self.factor * value:.{self.digits}f}" + (f" ({low_to_high})" if interval else "")
+
+
+METRICS = {
+    column.key: column
+    for column in (
+        Column("accuracy", "accuracy %", 100, 2),
+        Column("nll", "NLL", 1, 3),
+        Column("brier", "Brier", 1, 3),
+        Column("ece", "ECE %", 100, 2),
+        Column("ada_ece", "AdaECE %", 100, 2),
+        Column("classwise_ece", "classwise ECE %", 100, 2),
+        Column("mce", "MCE %", 100, 2),
+    )
+}
+COLUMNS = tuple(METRICS[key] for key in ("accuracy", "nll", "brier", "ece", "ada_ece"))
+
+
+def report_table(
+    report: Report,
+    keys: Sequence[str] = tuple(column.key for column in COLUMNS),
     *,
-    scaling: Scaling | None = None,
-    num_resamples: int = 1000,
-) -> dict[str, Any]:
-    """Calibration of the test split, raw and with a temperature fitted on the calibration split.
+    intervals: Sequence[str] = (),
+    mark: bool = False,
+) -> str:
+    """One report: its scores as trained and scaled, then the baselines.
 
     Args:
-        test: Logits `(N, C)` and labels `(N,)` of the test split, before any scaling.
-        calibration: Logits and labels of the calibration split.
-        num_bins: Number of bins of the binned metrics.
-        scaling: A scaling that was fitted before, to be used instead of a new temperature.
-        num_resamples: Resamples of the bootstrap intervals.
-
-    Returns:
-        `scaling`, its record, and `temperature` (None for vector scaling); `bins`, the kind of bins of each binned
-        metric; `raw` and `temperature_scaled`, two
-        `calibration_report`s, the second one with whatever `scaling` is; `intervals`, for each of the two and each
-        metric the `[low, high]` of `uncertainty.report_intervals`, with their `level` and `num_resamples`.
-
-    Raises:
-        ValueError: If shapes do not fit or a logit is not finite.
+        report: Of a run.
+        keys: Metrics to show; one that no row has is left out.
+        intervals: Those that are shown with their 95 % interval.
+        mark: Set the row of the checkpoint's own scores in bold.
     """
-    logits, labels = test
-    if scaling is None:
-        scaling = fit_temperature_scaling(*calibration)
-    scaled = {"raw": softmax(logits), "temperature_scaled": softmax(scaling.apply(np.asarray(logits, dtype=float)))}
-    intervals = {
-        name: {
-            metric: [interval.low, interval.high]
-            for metric, interval in report_intervals(p, labels, num_bins, num_resamples=num_resamples).items()
-        }
-        for name, p in scaled.items()
-    }
-    return {
-        "temperature": scaling.to_dict().get("temperature"),
-        "scaling": scaling.to_dict(),
-        "bins": dict(BINS),
-        **{name: calibration_report(p, labels, num_bins) for name, p in scaled.items()},
-        "intervals": {"level": 0.95, "num_resamples": num_resamples, **intervals},
-    }
+    test = report.test
+    titles = scores_titles(report)
+    rows = []
+    for name, metrics in test.rows().items():
+        ends = test.intervals.get(name, {})
+        title = f"**{titles[name]}** (this checkpoint)" if mark and name == report.shipped else titles[name]
+        rows.append((title, metrics, {key: ends[key] for key in intervals if key in ends}))
+    rows += [(f"baseline: {title}", metrics, {}) for title, metrics in report.baselines.items()]
+    columns = [METRICS[key] for key in keys if any(key in metrics for _, metrics, _ in rows)]
+    cells = [
+        [title, *(column.text(metrics.get(column.key), ends.get(column.key)) for column in columns)]
+        for title, metrics, ends in rows
+    ]
+    return markdown([["scores", *(column.heading for column in columns)], *cells])
 
 
-def report_table(report: dict[str, Any]) -> str:
-    """One run's `test` entry as a Markdown table."""
-    rows = [["", *(heading for _, heading, _, _ in COLUMNS)]]
-    scaled = "vector scaled" if report["temperature"] is None else f"T = {report['temperature']:.2f}"
-    for name, title in (("raw", "as trained"), ("temperature_scaled", scaled)):
-        rows.append([title, *(f"{report[name][key] * factor:.{digits}f}" for key, _, factor, digits in COLUMNS)])
-    return _markdown(rows)
+def scores_titles(report: Report) -> dict[str, str]:
+    """How tables and pictures call the scores as trained and scaled."""
+    temperature = report.test.temperature
+    return {RAW: "as trained", SCALED: "vector scaled" if temperature is None else f"T = {temperature:.2f}"}
 
 
 def comparison_table(
-    reports: dict[str, Sequence[dict[str, Any]]], columns: Sequence[tuple[str, str, float, int]] = COLUMNS
+    tests: Mapping[str, Sequence[Mapping[str, Any]]], columns: Sequence[tuple[str, str, float, int]] = COLUMNS
 ) -> str:
-    """Mean and standard deviation over seeds of each loss, raw and after temperature scaling, as a Markdown table.
+    """Mean and standard deviation over seeds of each loss, as trained and after temperature scaling.
 
     Args:
-        reports: For each loss the `test` entries of its runs.
+        tests: For each loss the `test` entry of each run's report, as `Report.to_dict` has it.
         columns: Key in `raw` and `temperature_scaled`, heading, factor and digits of each column.
     """
     rows = [["loss", "seeds", "scaling", *(heading for _, heading, _, _ in columns), "T"]]
-    for loss, runs in reports.items():
-        for name, title in (("raw", "none"), ("temperature_scaled", "temperature")):
+    for loss, runs in tests.items():
+        for name, title in ((RAW, "none"), (SCALED, "temperature")):
             cells = [
-                _mean_and_deviation([run[name][key] * factor for run in runs], digits)
+                mean_and_deviation([run[name][key] * factor for run in runs], digits)
                 for key, _, factor, digits in columns
             ]
-            temperature = _mean_and_deviation([run["temperature"] for run in runs], 2) if name == "raw" else ""
+            temperatures = [run["temperature"] for run in runs if run.get("temperature") is not None]
+            temperature = mean_and_deviation(temperatures, 2) if name == RAW and temperatures else ""
             rows.append([loss, str(len(runs)), title, *cells, temperature])
-    return _markdown(rows)
+    return markdown(rows)
 
 
-def _mean_and_deviation(values: Sequence[float], digits: int) -> str:
+def mean_and_deviation(values: Sequence[float], digits: int) -> str:
+    """Mean and, from two values on, sample standard deviation.
+
+    >>> mean_and_deviation([1.0, 3.0], 2)
+    '2.00 ± 1.41'
+    """
     mean = f"{np.mean(values):.{digits}f}"
     return mean if len(values) < 2 else f"{mean} ± {np.std(values, ddof=1):.{digits}f}"
 
 
-def _markdown(rows: list[list[str]]) -> str:
-    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-    rows = [rows[0], ["-" * width for width in widths], *rows[1:]]
+def markdown(rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table with aligned columns; the first row is the heading. Bars inside cells are escaped."""
+    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(escaped[0]))]
+    lines = [escaped[0], ["-" * width for width in widths], *escaped[1:]]
     return "\n".join(
-        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in rows
+        "| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |" for row in lines
     )

@@ -11,15 +11,15 @@ _CHECKPOINTS = ("model*.safetensors", "adapter_model*.safetensors")
 _OTHERS = ("pytorch_model*.bin", "adapter_model*.bin")  # hashed as files: reading a pickle would run code
 
 
-def weights_hash(weights: str | Path | Mapping[str, Any]) -> str | None:
-    """Hash of names, types, shapes and values of all tensors of a checkpoint.
+def weights_hash(weights: Any) -> str | None:
+    """Hash of the types, shapes and values of all tensors of a checkpoint.
 
-    Neither the number of shards nor the files beside the weights count. The hash of a folder is that of the state
-    dict that was saved there, unless `save_pretrained` left out or renamed tensors (tied weights, old names): compare
-    folders with folders.
+    Names, shards, tensors that occur twice and the files beside the weights do not count, so that a model has the hash
+    of the folder it is saved in, also where `save_pretrained` renames tensors or leaves out tied ones.
 
     Args:
-        weights: A folder with `*.safetensors` (of a model, an adapter or both), or a state dict of tensors.
+        weights: A folder with `*.safetensors` (of a model, an adapter or both); a model (of a PEFT model the adapter
+            counts, as it alone is saved); or a state dict.
 
     Returns:
         32 hexadecimal digits (BLAKE2b); None for a folder without weights. `.bin` files are hashed as they are.
@@ -31,30 +31,36 @@ def weights_hash(weights: str | Path | Mapping[str, Any]) -> str | None:
     >>> weights_hash({"head.weight": torch.eye(2)}) == weights_hash({"head.weight": torch.eye(2)})
     True
     """
-    if isinstance(weights, Mapping):
-        return _combined({name: _tensor_digest(tensor) for name, tensor in weights.items()})
-    folder = Path(weights)
-    digests: dict[str, bytes] = {}
-    for kind, pattern in zip(("", "adapter:"), _CHECKPOINTS, strict=True):
-        for path in sorted(folder.glob(pattern)):
-            digests.update((kind + name, digest) for name, digest in _file_digests(path))
+    if not isinstance(weights, str | Path):
+        return _combined({_tensor_digest(tensor) for tensor in _state(weights).values()})
+    digests: set[bytes] = set()
+    for pattern in _CHECKPOINTS:
+        for path in Path(weights).glob(pattern):
+            digests.update(_file_digests(path))
     if not digests:
         for pattern in _OTHERS:
-            for path in sorted(folder.glob(pattern)):
+            for path in Path(weights).glob(pattern):
                 with path.open("rb") as file:
-                    digests[path.name] = hashlib.file_digest(file, hashlib.blake2b).digest()
+                    digests.add(hashlib.file_digest(file, hashlib.blake2b).digest())
     return _combined(digests) if digests else None
 
 
-def _combined(digests: Mapping[str, bytes]) -> str:
-    hasher = hashlib.blake2b(digest_size=16)
-    for name in sorted(digests):
-        hasher.update(name.encode() + b"\0" + digests[name])
-    return hasher.hexdigest()
+def _state(weights: Any) -> Mapping[str, Any]:
+    if isinstance(weights, Mapping):
+        return weights
+    if hasattr(weights, "peft_config"):
+        from peft import get_peft_model_state_dict
+
+        return get_peft_model_state_dict(weights)
+    return weights.state_dict()
 
 
-def _file_digests(path: Path) -> Iterator[tuple[str, bytes]]:
-    """Name and digest of each tensor of a safetensors file, read through a memory map."""
+def _combined(digests: set[bytes]) -> str:
+    return hashlib.blake2b(b"".join(sorted(digests)), digest_size=16).hexdigest()
+
+
+def _file_digests(path: Path) -> Iterator[bytes]:
+    """Digest of each tensor of a safetensors file, read through a memory map."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             with memoryview(content) as view:
@@ -66,12 +72,12 @@ def _file_digests(path: Path) -> Iterator[tuple[str, bytes]]:
 def _tensor_digest(tensor: Any) -> bytes:
     from safetensors.torch import save
 
-    ((_, digest),) = _digests(memoryview(save({"": tensor.detach().cpu().contiguous()})))
+    (digest,) = _digests(memoryview(save({"": tensor.detach().cpu().contiguous()})))
     return digest
 
 
-def _digests(content: memoryview) -> Iterator[tuple[str, bytes]]:
-    """Name and digest of type, shape and bytes of each tensor, from the content of a safetensors file."""
+def _digests(content: memoryview) -> Iterator[bytes]:
+    """Digest of type, shape and bytes of each tensor, from the content of a safetensors file."""
     start = 8 + int.from_bytes(content[:8], "little")
     if not 10 <= start <= len(content):
         raise ValueError("it is no complete safetensors file")
@@ -84,4 +90,4 @@ def _digests(content: memoryview) -> Iterator[tuple[str, bytes]]:
         hasher = hashlib.blake2b(f"{entry['dtype']}{entry['shape']}".encode())
         with content[begin:end] as data:
             hasher.update(data)
-        yield name, hasher.digest()
+        yield hasher.digest()

@@ -1,17 +1,19 @@
 """A report of a checkpoint that is already there, trained with us or not, and a scaling folded into it."""
 
-import dataclasses
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoConfig, PretrainedConfig, Trainer, TrainingArguments
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
 from transformers.utils import logging
 
 from hf_adafocal.data.loading import HUB_IDS
 from hf_adafocal.data.overlap import check_splits
-from hf_adafocal.report.files import read_report, versions
-from hf_adafocal.report.tables import split_report
+from hf_adafocal.report.facts import describe_model
+from hf_adafocal.report.files import read_report
+from hf_adafocal.report.schema import Report, build_report
+from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs.tasks import Prepared, Task
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
 from hf_adafocal.scaling.folding import fold_checkpoint, recorded_scaling
@@ -28,16 +30,18 @@ class Predictions(NamedTuple):
         calibration: Logits `(N, C)`, classes in the order of the data's labels, and labels `(N,)`.
         test: The same of the test split.
         prepared: The task with its data.
+        model: The checkpoint.
     """
 
     calibration: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     prepared: Prepared
+    model: PreTrainedModel
 
 
 def evaluate_checkpoint(
     task: Task, seed: int = 0, *, num_bins: int = 15, batch_size: int = 64, split_overlap: str = "error"
-) -> tuple[dict[str, Any], tuple[np.ndarray, np.ndarray]]:
+) -> Report:
     """The report of a checkpoint on the test split of a data set.
 
     Of a checkpoint with a folded scaling, "raw" is what it was before and "temperature_scaled" is what it gives now.
@@ -50,7 +54,7 @@ def evaluate_checkpoint(
         split_overlap: What rows are that calibration and test share: "error", "warn" or "skip".
 
     Returns:
-        A report as that of `finetune`, and logits as trained and labels of the test split.
+        The report; what the checkpoint's own report says of its training is kept.
 
     Raises:
         ValueError: If the checkpoint's classes are not those of the data, or the splits share rows.
@@ -60,38 +64,40 @@ def evaluate_checkpoint(
     splits = {"calibration": found.prepared.splits.calibration, "test": found.prepared.splits.test}
     blank = getattr(found.prepared.processing_class, "all_special_ids", ())
     check = check_splits(splits, split_overlap, blank_tokens=blank)
-    folded = _in_order(recorded_scaling(config), class_order(config, found.prepared.splits.train))
-    test, calibration = found.test, found.calibration
-    if folded is not None:
-        test, calibration = ((unscaled(logits, folded), labels) for logits, labels in (test, calibration))
-    before = read_report(task.model_name_or_path) or {}
+    before = read_report(task.model_name_or_path)
     _compare_splits(before, check.fingerprints, seed)
-    report = {
-        **{key: before[key] for key in ("loss", "gamma", "training", "baselines") if key in before},
-        "test": split_report(test, calibration, num_bins, scaling=folded),
-        "folded": folded is not None,
-        "splits": {
-            **{role: part for role, part in before.get("splits", {}).items() if role == "train"},
-            **{
-                role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
-                for role, part in splits.items()
-            },
-        },
-        "held_out": {
-            "gamma": before.get("held_out", {}).get("gamma", "unknown"),
-            "scaling": "calibration",
-            "report": "test",
-        },
-        "overlap": {"policy": split_overlap, "rows": check.overlap},
-        "seed": seed,
-        "versions": versions(),
+    dataset = HUB_IDS.get(task.dataset, task.dataset)
+    facts = describe_model(found.model)
+    sizes = {
+        role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
+        for role, part in splits.items()
     }
-    report.setdefault("loss", {"name": "unknown"})
-    report.setdefault(
-        "training",
-        {"dataset": HUB_IDS.get(task.dataset, task.dataset), "model": (config.architectures or ["A classifier"])[0]},
+    known: dict[str, Any] = {"held_out": {"scaling": "calibration"}}
+    if before is not None:  # what the checkpoint's own report says of its training still holds
+        known = {
+            "loss": before.loss,
+            "adaptation": before.adaptation,
+            "training": before.training,
+            "baselines": before.baselines,
+            "held_out": {**before.held_out, "scaling": "calibration"},
+            "language": before.language,
+        }
+        sizes = {**{role: part for role, part in before.splits.items() if role == "train"}, **sizes}
+        facts = replace(facts, base_model=before.model.base_model)
+    report = build_report(
+        found.test,
+        found.calibration,
+        model=facts,
+        num_bins=num_bins,
+        folded=_in_order(recorded_scaling(config), class_order(config, found.prepared.splits.train)),
+        weights=weights_hash(task.model_name_or_path),
+        evaluated_on=dataset,
+        splits=sizes,
+        overlap={"policy": split_overlap, "rows": check.overlap},
+        seed=seed,
+        **known,
     )
-    return report, test
+    return report if before is None else replace(report, trained_on=before.trained_on)
 
 
 def scale_checkpoint(
@@ -141,7 +147,7 @@ def predict(task: Task, config: PretrainedConfig, seed: int = 0, batch_size: int
         outputs = trainer.predict(part)
         logits = outputs.predictions[0] if isinstance(outputs.predictions, tuple) else outputs.predictions
         held_out.append((logits[:, order], outputs.label_ids))
-    return Predictions(*held_out, prepared)
+    return Predictions(*held_out, prepared, trainer.model)
 
 
 def class_order(config: PretrainedConfig, train: Any) -> np.ndarray:
@@ -164,11 +170,6 @@ def class_order(config: PretrainedConfig, train: Any) -> np.ndarray:
     )
 
 
-def unscaled(logits: np.ndarray, scaling: Scaling) -> np.ndarray:
-    """Logits before a scaling, shape `(N, C)`."""
-    return (np.asarray(logits, dtype=float) - np.asarray(scaling.bias)) / np.asarray(scaling.scale)
-
-
 def _in_order(scaling: Scaling | None, order: np.ndarray) -> Scaling | None:
     """A scaling of the head's classes as one of the data's."""
     if scaling is None:
@@ -177,14 +178,14 @@ def _in_order(scaling: Scaling | None, order: np.ndarray) -> Scaling | None:
         name: tuple(np.asarray(value)[order].tolist()) if isinstance(value, tuple) else value
         for name, value in (("scale", scaling.scale), ("bias", scaling.bias))
     }
-    return dataclasses.replace(scaling, **parts)
+    return replace(scaling, **parts)
 
 
-def _compare_splits(before: dict[str, Any], prints: dict[str, Any], seed: int) -> None:
-    then = before.get("splits", {}).get("test")
+def _compare_splits(before: Report | None, prints: dict[str, Any], seed: int) -> None:
+    then = {} if before is None else before.splits.get("test", {})
     now = prints.get("test")
-    if isinstance(then, dict) and then.get("hash") and now is not None and then["hash"] != now.hash:
+    if then.get("hash") and now is not None and then["hash"] != now.hash:
         logger.warning(
-            f"This test split is not the one of the checkpoint's own report (seed {before.get('seed')}, here {seed}): "
+            f"This test split is not the one of the checkpoint's own report (seed {before.seed}, here {seed}): "
             "it may hold rows the checkpoint was trained on. Use the seed of the run."
         )

@@ -1,9 +1,7 @@
 """One run from arguments to a report, and several of them side by side."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from transformers import HfArgumentParser, set_seed
 from transformers.utils import logging
@@ -11,12 +9,13 @@ from transformers.utils import logging
 from hf_adafocal.data.loading import HUB_IDS
 from hf_adafocal.data.overlap import drop_overlap
 from hf_adafocal.losses.registry import LOSSES
-from hf_adafocal.metrics.ood import ood_report
 from hf_adafocal.report.comparison import verdict
-from hf_adafocal.report.files import add_baselines, pictures, save_report, versions
-from hf_adafocal.report.tables import comparison_table, split_report
+from hf_adafocal.report.files import add_baselines, pictures, read_report, save_report, write_atomically
+from hf_adafocal.report.schema import Report, build_report
+from hf_adafocal.report.tables import comparison_table
+from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs.tasks import Task
-from hf_adafocal.scaling.fit import Scaling
+from hf_adafocal.scaling.folding import recorded_scaling
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 from hf_adafocal.training.trainer import AdaFocalTrainer
 
@@ -41,16 +40,13 @@ def parse_arguments(
     return parser.parse_args_into_dataclasses(arguments)
 
 
-def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
+def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
     """Train, report on the test split, and save everything in `args.output_dir`.
 
     The folder then holds the checkpoint, `report.json`, a card, `reliability.png` and, if gamma moved, `gamma.png`.
 
     Returns:
-        The report: `test` (see `evaluation.split_report`), `ood` if the task has such inputs (`dataset`, and two
-        `ood.ood_report`s, `raw` and `temperature_scaled`), `loss`, `gamma` and `smoothing` (after each update),
-        `splits` (size and hash of each), `held_out` (which of them gamma, the scaling and the report saw), `overlap`
-        (the policy, and how many rows splits share), `seed`, `training`, `versions`.
+        The report, on every process.
 
     Raises:
         ValueError: If train, calibration and test share rows by content and `args.split_overlap` is "error".
@@ -78,43 +74,37 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> dict[str, Any]:
     test = trainer.predict(splits.test, metric_key_prefix="test")
 
     history = [] if trainer.adaptive_callback is None else trainer.adaptive_callback.history
-    report = {
-        "test": split_report(test[:2], calibration[:2], args.num_bins),
-        "loss": {
-            "name": args.loss,
-            **args.loss_settings,
-        },
-        "gamma": [update for update in history if "gammas" in update],
-        "smoothing": [update for update in history if "smoothing" in update],
-        "splits": {
+    out = None if splits.ood is None else trainer.predict(splits.ood, metric_key_prefix="ood").predictions
+    trainer.save_model()
+    trainer.save_state()
+    report = build_report(
+        test[:2],
+        calibration[:2],
+        model=trainer.model,
+        num_bins=args.num_bins,
+        folded=recorded_scaling(trainer.model.config),
+        weights=weights_hash(args.output_dir),
+        trained_on=HUB_IDS.get(task.dataset, task.dataset),
+        evaluated_on=HUB_IDS.get(task.dataset, task.dataset),
+        loss={"name": args.loss, **args.loss_settings},
+        adaptation=history,
+        splits={
             role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
             for role, part in (("train", train), ("calibration", splits.calibration), ("test", splits.test))
         },
-        "held_out": {"gamma": "calibration", "scaling": "calibration", "report": "test"},
-        "overlap": {"policy": args.split_overlap, "rows": check.overlap},
-        "seed": args.seed,
-        "training": {
-            "dataset": HUB_IDS.get(task.dataset, task.dataset),
-            "model": type(trainer.model).__name__,
+        held_out={"adaptation": "calibration", "scaling": "calibration"},
+        overlap={"policy": args.split_overlap, "rows": check.overlap},
+        ood=None if out is None else (task.ood, out),
+        seed=args.seed,
+        training={
             "epochs": args.num_train_epochs,
             "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
             "learning_rate": args.learning_rate,
             "runtime_seconds": outcome.metrics["train_runtime"],
         },
-        "versions": versions(),
-    }
-    if splits.ood is not None:
-        out = trainer.predict(splits.ood, metric_key_prefix="ood").predictions
-        scaling = Scaling.from_dict(report["test"]["scaling"])
-        report["ood"] = {
-            "dataset": task.ood,
-            "raw": ood_report(test.predictions, out),
-            "temperature_scaled": ood_report(*map(scaling.apply, (test.predictions, out))),
-        }
-    trainer.save_model()
-    trainer.save_state()
+    )
     if trainer.is_world_process_zero():
-        save_report(args.output_dir, report, test[:2])
+        save_report(args.output_dir, report)
     return report
 
 
@@ -125,7 +115,7 @@ def compare(
     seeds: Sequence[int],
     folder: Path,
     reuse: bool = False,
-) -> dict[str, list[dict[str, Any]]]:
+) -> dict[str, list[Report]]:
     """Fine-tune once for each loss and seed; save `comparison.md` (table, verdict) and `comparison.png` in `folder`.
 
     Args:
@@ -146,24 +136,24 @@ def compare(
     if unknown:
         raise ValueError(f"losses must be among {', '.join(LOSSES)}; found {', '.join(sorted(unknown))}.")
     folders = {loss: {seed: folder / f"{loss.replace(':', '-')}-{seed}" for seed in seeds} for loss in losses}
-    reports: dict[str, list[dict[str, Any]]] = {loss: [] for loss in losses}
+    reports: dict[str, list[Report]] = {loss: [] for loss in losses}
     for seed in seeds:
         for loss in losses:
             name, _, rule = loss.partition(":")
             output = folders[loss][seed]
-            finished = output / "report.json"
             flags = ["--loss", name, "--seed", str(seed), "--output_dir", str(output)]
             task, args = parse_arguments(task_class, [*arguments, *flags])
-            if reuse and finished.exists():
-                logger.warning(f"Reusing {finished}")
-                reports[loss].append(json.loads(finished.read_text()))
+            finished = read_report(output) if reuse else None
+            if finished is not None:
+                logger.warning(f"Reusing the report of {output}")
+                reports[loss].append(finished)
             else:
                 reports[loss].append(finetune(task, args))
     if args.process_index == 0:
         add_baselines({loss: list(by_seed.values()) for loss, by_seed in folders.items()})
-        tests = {loss: [report["test"] for report in runs] for loss, runs in reports.items()}
+        tests = {loss: [report.to_dict()["test"] for report in runs] for loss, runs in reports.items()}
         texts = filter(None, (comparison_table(tests), verdict(tests)))
-        (folder / "comparison.md").write_text("\n\n".join(texts) + "\n")
+        write_atomically(folder / "comparison.md", "\n\n".join(texts) + "\n")
         _draw_comparison(folder, tests)
     return reports
 

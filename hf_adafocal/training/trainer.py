@@ -360,7 +360,7 @@ class AdaFocalTrainer(RecordingTrainer):
         Raises:
             ValueError: If there is no set to measure.
         """
-        report = report_of(self, test_dataset, **{"weights": weights_hash(self.model.state_dict()), **facts})
+        report = report_of(self, test_dataset, **{"weights": weights_hash(self.model), **facts})
         if self.is_world_process_zero():
             save_report(self.args.output_dir, report)
         return report
@@ -373,7 +373,7 @@ class AdaFocalTrainer(RecordingTrainer):
         """
         folder = Path(self.args.output_dir)
         report = read_report(folder) if self.is_world_process_zero() else None
-        current = report is not None and report.weights == weights_hash(self.model.state_dict())
+        current = report is not None and report.weights == weights_hash(self.model)
         (current,) = broadcast_object_list([current])
         if not current and self.eval_dataset is not None:
             report = self.write_report()

@@ -1,8 +1,17 @@
+"""The one table of metrics, of a report and of several runs."""
+
 import numpy as np
 import pytest
 
 from hf_adafocal.metrics.scores import softmax
-from hf_adafocal.report.tables import comparison_table, report_table, split_report
+from hf_adafocal.report.facts import ModelFacts
+from hf_adafocal.report.measurement import Collected
+from hf_adafocal.report.schema import build_report
+from hf_adafocal.report.tables import METRICS, comparison_table, markdown, report_table
+from hf_adafocal.scaling.fit import Scaling
+
+FACTS = ModelFacts("BertForSequenceClassification")
+KEYS = ("accuracy", "nll", "brier", "ece", "ada_ece")
 
 
 def overconfident(size: int, seed: int):
@@ -13,54 +22,74 @@ def overconfident(size: int, seed: int):
     return 3 * logits, labels
 
 
-class TestSplitReport:
+def cells(line: str) -> list[str]:
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+class TestReportTable:
+    def test_one_run_is_a_table_of_two_rows(self):
+        report = build_report(overconfident(100, 0), overconfident(100, 1), model=FACTS, num_resamples=10)
+        lines = report_table(report).splitlines()
+        assert cells(lines[0]) == ["scores", "accuracy %", "NLL", "Brier", "ECE %", "AdaECE %"]
+        assert cells(lines[2])[0] == "as trained" and cells(lines[2])[4] == f"{100 * report.test.raw['ece']:.2f}"
+        assert cells(lines[3])[0] == f"T = {report.test.temperature:.2f}"
+        assert len({len(line) for line in lines}) == 1
+
+    def test_a_vector_scaling_has_no_temperature_and_a_row_all_the_same(self):
+        vector = Scaling((0.3,) * 4, (0.1, 0.0, 0.0, 0.0))
+        report = build_report(overconfident(100, 0), model=FACTS, scaling=vector, num_resamples=10)
+        assert cells(report_table(report).splitlines()[3])[0] == "vector scaled"
+
+    def test_metrics_that_no_row_has_are_left_out(self):
+        report = build_report(Collected({"accuracy": 0.5, "nll": 1.0, "ece": 0.1}, 10, 15), model=FACTS)
+        lines = report_table(report, tuple(METRICS)).splitlines()
+        assert cells(lines[0]) == ["scores", "accuracy %", "NLL", "ECE %"] and len(lines) == 3
+
+    def test_intervals_stand_beside_the_metrics_they_were_asked_for(self):
+        report = build_report(overconfident(100, 0), model=FACTS, num_resamples=10)
+        low, high = (100 * end for end in report.test.intervals["raw"]["ece"])
+        found = dict(zip(KEYS, cells(report_table(report, KEYS, intervals=("ece",)).splitlines()[2])[1:], strict=True))
+        assert found["ece"] == f"{100 * report.test.raw['ece']:.2f} ({low:.2f} to {high:.2f})"
+        assert "(" not in found["accuracy"]
+
+    def test_the_row_that_ships_is_marked_and_baselines_follow(self):
+        report = build_report(
+            overconfident(100, 0), model=FACTS, folded=Scaling(0.5), num_resamples=10,
+            baselines={"cross_entropy": {"num_samples": 1, "num_bins": 1, "accuracy": 0.5, "nll": 1.0, "ece": 0.1}},
+        )  # fmt: skip
+        titles = [cells(line)[0] for line in report_table(report, mark=True).splitlines()[2:]]
+        assert titles == ["as trained", "**T = 2.00** (this checkpoint)", "baseline: cross_entropy"]
+
+    def test_names_cannot_break_the_table(self):
+        assert markdown([["a", "b"], ["x | y\nz", "1"]]).splitlines()[2] == "| x \\| y z | 1   |"
+
+
+class TestMeasurement:
     def test_scaling_finds_the_temperature_and_mends_the_test_split(self):
-        report = split_report(overconfident(4000, 0), overconfident(4000, 1))
-        assert report["temperature"] == pytest.approx(3, rel=0.05)
-        assert report["raw"]["ece"] > 0.15 > 0.03 > report["temperature_scaled"]["ece"]
-        assert report["raw"]["accuracy"] == report["temperature_scaled"]["accuracy"]
+        test = build_report(overconfident(4000, 0), overconfident(4000, 1), model=FACTS, num_resamples=5).test
+        assert test.temperature == pytest.approx(3, rel=0.05)
+        assert test.raw["ece"] > 0.15 > 0.03 > test.temperature_scaled["ece"]
+        assert test.raw["accuracy"] == test.temperature_scaled["accuracy"]
+        assert test.intervals["raw"]["ece"][0] > test.intervals["temperature_scaled"]["ece"][1]
 
     def test_the_temperature_never_sees_the_test_split(self):
-        calibration = overconfident(500, 1)
-        first = split_report(overconfident(100, 2), calibration)
-        second = split_report(overconfident(100, 3), calibration)
-        assert first["temperature"] == second["temperature"] and first["raw"] != second["raw"]
-
-    def test_it_says_which_bins(self):
-        report = split_report(overconfident(50, 0), overconfident(50, 1), num_resamples=5)
-        assert report["bins"]["ada_ece"] == "equal_mass" and report["bins"]["ece"] == "equal_width"
-
-    def test_every_metric_has_an_interval_around_it_before_and_after(self):
-        report = split_report(overconfident(300, 0), overconfident(300, 1), num_resamples=50)
-        intervals = report["intervals"]
-        assert (intervals["level"], intervals["num_resamples"]) == (0.95, 50)
-        for name in ("raw", "temperature_scaled"):
-            assert intervals[name].keys() == report[name].keys() - {"num_samples", "num_bins"}
-            for metric, (low, high) in intervals[name].items():
-                assert low <= report[name][metric] <= high
-        assert intervals["raw"]["ece"][0] > intervals["temperature_scaled"]["ece"][1]
+        first, second = (
+            build_report(overconfident(100, seed), overconfident(500, 1), model=FACTS, num_resamples=5).test
+            for seed in (2, 3)
+        )
+        assert first.temperature == second.temperature and first.raw != second.raw
 
 
-def test_one_run_is_a_table_of_two_rows():
-    report = split_report(overconfident(100, 0), overconfident(100, 1))
-    lines = report_table(report).splitlines()
-    assert lines[0].split("|")[2].strip() == "accuracy %"
-    assert lines[2].split("|")[1].strip() == "as trained"
-    assert lines[2].split("|")[5].strip() == f"{100 * report['raw']['ece']:.2f}"
-    assert lines[3].split("|")[1].strip() == f"T = {report['temperature']:.2f}"
-    assert len({len(line) for line in lines}) == 1
+class TestComparisonTable:
+    def test_several_runs_are_summed_up_by_mean_and_sample_deviation(self):
+        runs = [
+            {"temperature": t, "raw": dict.fromkeys(KEYS, v), "temperature_scaled": dict.fromkeys(KEYS, v)}
+            for t, v in ((1.0, 0.1), (2.0, 0.3))
+        ]
+        line = cells(comparison_table({"focal": runs}).splitlines()[2])
+        assert line[:4] == ["focal", "2", "none", "20.00 ± 14.14"] and line[-1] == "1.50 ± 0.71"
+        assert "±" not in comparison_table({"focal": runs[:1]})
 
-
-def test_several_runs_are_summed_up_by_mean_and_sample_deviation():
-    runs = [
-        {"temperature": t, "raw": dict.fromkeys(KEYS, v), "temperature_scaled": dict.fromkeys(KEYS, v)}
-        for t, v in ((1.0, 0.1), (2.0, 0.3))
-    ]
-    lines = comparison_table({"focal": runs}).splitlines()
-    cells = [cell.strip() for cell in lines[2].split("|")]
-    assert cells[1:5] == ["focal", "2", "none", "20.00 ± 14.14"]
-    assert cells[-2] == "1.50 ± 0.71"
-    assert "±" not in comparison_table({"focal": runs[:1]})
-
-
-KEYS = ("accuracy", "nll", "brier", "ece", "ada_ece")
+    def test_runs_without_a_temperature_have_an_empty_cell(self):
+        runs = [{"raw": dict.fromkeys(KEYS, 0.1), "temperature_scaled": dict.fromkeys(KEYS, 0.1)}]
+        assert cells(comparison_table({"focal": runs}).splitlines()[2])[-1] == ""

@@ -68,7 +68,9 @@ class TestParseArguments:
 def vision_run(tmp_path_factory):
     """A short run on digits: its folder and report."""
     folder = tmp_path_factory.mktemp("vision")
-    report = finetune(*parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(folder), "--seed", "3"]))
+    report = finetune(
+        *parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(folder), "--seed", "3"])
+    ).to_dict()
     return folder, report
 
 
@@ -99,11 +101,11 @@ class TestFinetune:
 
     def test_gamma_of_every_update_is_in_the_report(self, vision_run):
         _, report = vision_run
-        assert [entry["step"] for entry in report["gamma"]] == [0, 7, 14]
-        assert all(len(entry["gammas"]) == 15 for entry in report["gamma"])
+        assert [entry["step"] for entry in report["adaptation"]] == [0, 7, 14]
+        assert all(len(entry["gammas"]) == 15 for entry in report["adaptation"])
         assert report["loss"]["name"] == "adafocal" and report["loss"]["gamma_max"] == 20
         saved = json.loads((vision_run[0] / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
-        assert report["gamma"][-1]["gammas"] == saved["gammas"]
+        assert report["adaptation"][-1]["gammas"] == saved["gammas"]
 
     def test_the_knob_of_the_temperature_rule_is_in_the_report_and_on_the_card(self, tmp_path):
         line = [
@@ -115,16 +117,16 @@ class TestFinetune:
             "--calibration_steps",
             "4",
         ]
-        report = finetune(*parse_arguments(ImageTask, line))
-        assert [entry["step"] for entry in report["smoothing"]] == [0, 5, 9, 13] and report["gamma"] == []
+        report = finetune(*parse_arguments(ImageTask, line)).to_dict()
+        assert [entry["step"] for entry in report["adaptation"]] == [0, 5, 9, 13]
         saved = json.loads((tmp_path / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
-        assert (saved["smoothing"], saved["updates"]) == (report["smoothing"][-1]["smoothing"], 3)
+        assert (saved["smoothing"], saved["updates"]) == (report["adaptation"][-1]["smoothing"], 3)
         card = (tmp_path / "README.md").read_text()
         assert "Epsilon moved 3 times, by the temperature of slices of the calibration split; it ended at" in card
 
     def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path):
         line = [*QUICK, "--output_dir", str(tmp_path), "--loss", "cross_entropy", "--ood", "noise", "--seed", "3"]
-        report = finetune(*parse_arguments(ImageTask, line))
+        report = finetune(*parse_arguments(ImageTask, line)).to_dict()
         model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
         processor, splits = AutoImageProcessor.from_pretrained(tmp_path), load_splits(seed=3, ood="noise")
         with torch.no_grad():
@@ -139,14 +141,16 @@ class TestFinetune:
 
     def test_one_seed_gives_one_result(self, vision_run, tmp_path):
         _, report = vision_run
-        again = finetune(*parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(tmp_path), "--seed", "3"]))
-        assert again["test"] == report["test"] and again["gamma"] == report["gamma"]
+        again = finetune(
+            *parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(tmp_path), "--seed", "3"])
+        ).to_dict()
+        assert again["test"] == report["test"] and again["adaptation"] == report["adaptation"]
 
     def test_a_text_model_is_trained_from_scratch_with_a_tokenizer_of_its_own(self, tmp_path):
         line = ["--dataset", newsgroups(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), *QUICK[:4]]
         report = finetune(
             *parse_arguments(TextTask, [*line, "--num_train_epochs", "15", "--per_device_train_batch_size", "8"])
-        )
+        ).to_dict()
         assert sizes(report) == {"train": 64, "calibration": 8, "test": 18}
         assert report["test"]["raw"]["accuracy"] > 0.6
         classify = pipeline("text-classification", model=str(tmp_path / "run"))
@@ -159,8 +163,10 @@ class TestFinetune:
         BertTokenizerFast(str(tmp_path / "vocab.txt")).save_pretrained(tmp_path / "model")
         tiny.bert(num_labels=2).save_pretrained(tmp_path / "model")
         line = ["--dataset", data, "--model_name_or_path", str(tmp_path / "model"), "--loss", "cross_entropy"]
-        report = finetune(*parse_arguments(TextTask, [*line, "--output_dir", str(tmp_path / "run"), *QUICK[:6]]))
-        assert report["training"]["model"] == "BertForSequenceClassification" and report["gamma"] == []
+        report = finetune(
+            *parse_arguments(TextTask, [*line, "--output_dir", str(tmp_path / "run"), *QUICK[:6]])
+        ).to_dict()
+        assert report["model"]["architecture"] == "BertForSequenceClassification" and "adaptation" not in report
         assert not (tmp_path / "run" / "gamma.png").exists()
 
     def test_any_image_classifier_can_be_fine_tuned(self, vision_run, tmp_path):
@@ -168,13 +174,13 @@ class TestFinetune:
         line = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path), *QUICK]
         task, args = parse_arguments(ImageTask, line)
         task.prepare(0).model_init()
-        assert finetune(task, args)["training"]["learning_rate"] == 5e-5
+        assert finetune(task, args).training["learning_rate"] == 5e-5
 
 
 class TestCompare:
     def test_runs_of_one_seed_differ_in_the_loss_alone(self, tmp_path):
         reports = compare(ImageTask, QUICK, ["cross_entropy", "focal"], [0, 1], tmp_path)
-        assert {loss: [report["seed"] for report in runs] for loss, runs in reports.items()} == {
+        assert {loss: [report.seed for report in runs] for loss, runs in reports.items()} == {
             "cross_entropy": [0, 1], "focal": [0, 1],
         }  # fmt: skip
         assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"

@@ -290,7 +290,7 @@ class TestCommandLine:
         (tmp_path / last / "trainer_state.json").unlink()
         (tmp_path / "report.json").unlink()
         report = finish(tmp_path, "--resume_from_checkpoint", "true")
-        assert report["gamma"] == expected["gamma"] and report["test"] == expected["test"]
+        assert report.adaptation == expected.adaptation and report.metrics == expected.metrics
         steps = [entry["step"] for entry in read_state(tmp_path)["log_history"] if "gamma_00" in entry]
         assert steps == [int(first[-1]), 2 * int(first[-1])]
 
