@@ -21,6 +21,11 @@ from hf_adafocal.models import (
     train_word_level_tokenizer,
 )
 
+ABLATIONS: dict[str, dict[str, Any]] = {  # of what holds AdaFocal back
+    "adafocal_cap_5": {"loss": "adafocal", "gamma_max": 5.0},
+    "adafocal_cap_100": {"loss": "adafocal", "gamma_max": 100.0},
+    "adafocal_lambda_0.2": {"loss": "adafocal", "gamma_lambda": 0.2},
+}
 METHODS: dict[str, dict[str, Any]] = {  # arguments of the trainer
     "cross_entropy": {"loss": "cross_entropy"},
     "label_smoothing": {"loss": "label_smoothing", "smoothing": 0.05},
@@ -33,13 +38,8 @@ METHODS: dict[str, dict[str, Any]] = {  # arguments of the trainer
     "inverse_focal": {"loss": "inverse_focal", "inverse_focal_gamma": 2.0},
     "aurc_regularised": {"loss": "aurc_regularised"},
     "adaptive_label_smoothing": {"loss": "adaptive_label_smoothing"},
+    **ABLATIONS,
 }
-ABLATIONS: dict[str, dict[str, Any]] = {  # of what holds AdaFocal back
-    "adafocal_cap_5": {"loss": "adafocal", "gamma_max": 5.0},
-    "adafocal_cap_100": {"loss": "adafocal", "gamma_max": 100.0},
-    "adafocal_lambda_0.2": {"loss": "adafocal", "gamma_lambda": 0.2},
-}
-METHODS |= ABLATIONS
 MAIN = ("cross_entropy", "label_smoothing", "flsd_53", "adafocal")
 FIGURE = ("cross_entropy", "flsd_53", "adafocal")  # whose test curves are recorded
 NOISE, BLUR = 0.1, 1.0  # standard deviations: on pixels in [0, 1], and in pixels; both are level 5 of CIFAR-10-C
