@@ -124,14 +124,14 @@ def _parser() -> argparse.ArgumentParser:
 
     gate = verb(
         "gate", _gate, "check predictions against a limit on ECE",
-        "Print ECE and its bootstrap interval. Exit code 0: the upper end is within the limit; 1: it is above; 2: the "
-        "predictions cannot be used.",
+        "Print ECE and its confidence interval. Exit code 0: the upper end is within the limit; 1: it is above; 2: "
+        "the predictions cannot be used.",
         "hf-adafocal gate --max-ece 0.03 --confidence 0.95 predictions.parquet",
     )  # fmt: skip
     gate.add_argument("predictions", type=Path, help="a .parquet, .csv or .npz file")
     gate.add_argument("--max-ece", type=float, required=True, help="the limit, a fraction in [0, 1]")
     gate.add_argument("--confidence", type=float, default=0.95, help="level of the two-sided interval (default 0.95)")
-    gate.add_argument("--num-bins", type=int, default=15, help="bins of one width (default 15)")
+    gate.add_argument("--num-bins", type=int, default=15, help="bins of equal width (default 15)")
     columns = gate.add_mutually_exclusive_group()
     columns.add_argument(
         "--pair-columns",
@@ -257,7 +257,8 @@ def _publish_metric(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _gate(options: argparse.Namespace, rest: list[str]) -> int:
-    from hf_adafocal.metrics.gate import calibration_gate, read_predictions
+    from hf_adafocal.metrics.gate import calibration_gate
+    from hf_adafocal.metrics.prediction_files import read_predictions
 
     confidence, correct = read_predictions(
         options.predictions,

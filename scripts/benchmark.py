@@ -28,6 +28,7 @@ from torch import nn
 from torch.utils.data import Dataset, StackDataset
 
 from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES
+from hf_adafocal.metrics import classwise
 from hf_adafocal.metrics import scores as metrics
 
 SHAPES = ((128, 10), (4096, 20), (4096, 1000), (512, 32000))
@@ -139,9 +140,11 @@ def our_metrics(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
         "ece_l2": lambda: metrics.calibration_error(*metrics.top_label(p, y), NUM_BINS, norm="l2"),
         "mce": lambda: metrics.maximum_calibration_error(p, y, NUM_BINS),
         "ada_ece": lambda: metrics.adaptive_calibration_error(p, y, NUM_BINS),
-        "classwise_ece": lambda: metrics.classwise_calibration_error(p, y, NUM_BINS),
-        "classwise_ece, equal mass": lambda: metrics.classwise_calibration_error(p, y, NUM_BINS, scheme="equal_mass"),
-        "ace": lambda: metrics.class_adaptive_calibration_error(p, y, NUM_BINS),
+        "classwise_ece": lambda: classwise.classwise_calibration_error(p, y, NUM_BINS),
+        "classwise_ece, equal mass": lambda: classwise.classwise_calibration_error(
+            p, y, NUM_BINS, scheme="equal_mass"
+        ),
+        "ace": lambda: classwise.class_adaptive_calibration_error(p, y, NUM_BINS),
         "calibration_report": lambda: metrics.calibration_report(p, y, NUM_BINS)["classwise_ece"],
     }
 

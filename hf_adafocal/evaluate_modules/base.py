@@ -13,6 +13,7 @@ import evaluate
 import numpy as np
 
 from hf_adafocal.metrics.scores import calibration_error, top_label
+from hf_adafocal.metrics.validation import as_array
 
 NUM_BINS = """    num_bins: Number of bins, an argument of `compute`; 15 unless told otherwise.
 """
@@ -71,7 +72,7 @@ class ReducedMetric(evaluate.Metric):
         Raises:
             ValueError: If the inputs are not what is described below, or come in another form than earlier batches.
         """
-        predictions, references = self._reduce(_to_numpy(predictions), _to_numpy(references))
+        predictions, references = self._reduce(as_array(predictions), as_array(references))
         super().add_batch(predictions=predictions, references=references, **kwargs)
 
     def add(self, *, prediction: Any = None, reference: Any = None, **kwargs: Any) -> None:
@@ -82,7 +83,7 @@ class ReducedMetric(evaluate.Metric):
         """
         # evaluate.combine passes the plural names.
         prediction, reference = kwargs.pop("predictions", prediction), kwargs.pop("references", reference)
-        predictions, references = self._reduce(_to_numpy(prediction)[None], _to_numpy(reference)[None])
+        predictions, references = self._reduce(as_array(prediction)[None], as_array(reference)[None])
         super().add(prediction=predictions[0], reference=references[0], **kwargs)
 
     def _reduce(self, predictions: np.ndarray, references: np.ndarray) -> tuple[Sequence, Sequence]:
@@ -276,12 +277,3 @@ def _checked_binary(probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.n
         )
     calibration_error(probabilities, labels)  # for its checks
     return probabilities.astype(np.float64), labels.astype(np.int64)
-
-
-def _to_numpy(values: Any) -> np.ndarray:
-    """Array of a list, an array or a torch tensor on any device."""
-    if hasattr(values, "detach"):
-        values = values.detach().cpu()
-        # numpy has no bfloat16; float16 is as exact on [2^-14, 1] and its rows may miss a sum of 1 by as much.
-        values = values.half() if str(values.dtype) == "torch.bfloat16" else values
-    return np.asarray(values)

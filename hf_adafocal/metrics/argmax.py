@@ -1,4 +1,4 @@
-"""The predicted class of each row of probabilities."""
+"""Predicted class of each row of probabilities: an argmax that is fast for few classes too."""
 
 import numpy as np
 
@@ -8,13 +8,18 @@ FEW_CLASSES = 16  # up to here comparing whole columns beats numpy's argmax, whi
 
 
 def predicted_classes(probabilities: np.ndarray) -> np.ndarray:
-    """The most probable class of each row, the first one of a tie, shape `(N,)`; rows are checked on the way.
+    """Return the most probable class of each row, shape `(N,)`, and check that the rows are probabilities.
+
+    The first class wins a tie.
 
     Args:
         probabilities: Shape `(N, C)`, floating, N >= 1.
 
     Raises:
         ValueError: If rows are not probabilities.
+
+    >>> predicted_classes(np.array([[0.25, 0.75], [0.5, 0.5]]))
+    array([1, 0])
     """
     predicted = np.empty(len(probabilities), dtype=np.intp)
     for rows, chunk in checked_chunks(probabilities, 2 * CHUNK_VALUES):
@@ -23,7 +28,7 @@ def predicted_classes(probabilities: np.ndarray) -> np.ndarray:
 
 
 def argmax_rows(values: np.ndarray, out: np.ndarray) -> np.ndarray:
-    """`values.argmax(axis=1, out=out)`, and the largest value of each row.
+    """Write the index of the largest value of each row to `out`, as `values.argmax(axis=1, out=out)`.
 
     Args:
         values: Shape `(n, C)`.

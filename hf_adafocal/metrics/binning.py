@@ -1,22 +1,25 @@
-"""Confidence bins: the one rule that ECE, AdaECE, the gamma update and the reliability diagram share.
+"""Binning of predictions by confidence, shared by ECE, AdaECE, the gamma update and the reliability diagram.
 
-Bins are `(lower, upper]`, the first one closed, so every sample is counted exactly once and samples with the same
-confidence always share a bin. Everything here is numpy, one pair of numbers a sample: the confidence and whether the
-prediction was correct.
+Bins are `(lower, upper]`, the first one closed: every sample is counted exactly once, and samples of equal confidence
+share a bin. Inputs are a confidence per sample and whether its prediction was correct.
 """
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
+
+from hf_adafocal.metrics.validation import as_numbers
 
 Scheme = Literal["equal_width", "equal_mass"]
 Norm = Literal["l1", "l2", "max"]
 
+_ORDERS = {"l1": 1, "l2": 2, "max": np.inf}
+
 
 @dataclass(frozen=True)
 class BinStats:
-    """What each bin holds.
+    """Count, mean confidence and accuracy of each bin.
 
     Attributes:
         edges: Bin edges, ascending, shape `(num_bins + 1,)`, probability.
@@ -24,8 +27,11 @@ class BinStats:
         confidence: Mean confidence of each bin, shape `(num_bins,)`; 0 where the bin is empty.
         accuracy: Share of correct samples of each bin, shape `(num_bins,)`; 0 where the bin is empty.
         class_gap: Gap of the samples of each bin that were predicted as each class, shape `(C, num_bins)`; 0 where
-            there are none. None if it was not asked for, see `with_classes`.
+            there are none. None unless computed by `with_classes`.
         class_counts: Samples predicted as each class, shape `(C,)`; None as `class_gap`.
+
+    >>> binned([0.25, 0.75, 0.75], [0, 1, 0], num_bins=2).gap
+    array([0.25, 0.25])
     """
 
     edges: np.ndarray
@@ -42,7 +48,10 @@ class BinStats:
 
 
 def equal_width_edges(num_bins: int = 15) -> np.ndarray:
-    """Edges that cut [0, 1] into bins of one width, shape `(num_bins + 1,)`.
+    """Return the edges of bins of equal width on [0, 1], shape `(num_bins + 1,)`.
+
+    Raises:
+        ValueError: If `num_bins` is less than 1.
 
     >>> equal_width_edges(4)
     array([0.  , 0.25, 0.5 , 0.75, 1.  ])
@@ -51,8 +60,8 @@ def equal_width_edges(num_bins: int = 15) -> np.ndarray:
     return np.arange(num_bins + 1) / num_bins  # exact where linspace may miss by a rounding
 
 
-def equal_mass_edges(confidence: np.ndarray, num_bins: int = 15) -> np.ndarray:
-    """Edges that put about the same number of samples into each bin.
+def equal_mass_edges(confidence: Any, num_bins: int = 15) -> np.ndarray:
+    """Return the edges of bins that hold about the same number of samples each.
 
     The sorted confidences are interpolated at `k N / num_bins`, as AdaECE's authors do. Tied confidences repeat an
     edge; the bins between equal edges stay empty and no tie is split.
@@ -78,8 +87,8 @@ def equal_mass_edges(confidence: np.ndarray, num_bins: int = 15) -> np.ndarray:
     return np.interp(np.linspace(0, size, num_bins + 1), np.arange(size), np.sort(confidence))
 
 
-def bin_statistics(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> BinStats:
-    """Count, mean confidence and accuracy of each bin.
+def bin_statistics(confidence: Any, correct: Any, edges: Any) -> BinStats:
+    """Compute count, mean confidence and accuracy of each bin.
 
     Args:
         confidence: Probabilities, shape `(N,)`, N >= 1; below the first or above the last edge counts in that end bin.
@@ -91,6 +100,9 @@ def bin_statistics(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarra
 
     Raises:
         ValueError: If the inputs are empty, of unequal length, not finite, or `edges` do not ascend.
+
+    >>> bin_statistics([0.25, 0.75, 0.75], [0, 1, 0], edges=[0, 0.5, 1]).accuracy
+    array([0. , 0.5])
     """
     confidence, correct = _vector("confidence", confidence), _vector("correct", correct)
     if len(confidence) != len(correct):
@@ -113,9 +125,9 @@ def bin_statistics(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarra
 def with_classes(
     stats: BinStats, confidence: np.ndarray, correct: np.ndarray, predicted: np.ndarray, num_classes: int
 ) -> BinStats:
-    """Statistics with `class_gap` and `class_counts`, in the same bins for every class.
+    """Add the gaps per predicted class to bin statistics, in the same bins for every class.
 
-    The class is the predicted one: given the true class even a calibrated model has a gap.
+    The class is the predicted one: conditional on the true class even a calibrated model has a gap.
 
     Args:
         stats: `bin_statistics` of these samples.
@@ -126,6 +138,11 @@ def with_classes(
 
     Raises:
         ValueError: If an index lies outside [0, num_classes).
+
+    >>> stats = bin_statistics([0.75, 0.75], [1, 0], edges=[0, 1])
+    >>> with_classes(stats, np.array([0.75, 0.75]), np.array([1, 0]), np.array([0, 1]), 2).class_gap
+    array([[-0.25],
+           [ 0.75]])
     """
     predicted = np.asarray(predicted).astype(np.int64)
     if predicted.min() < 0 or predicted.max() >= num_classes:
@@ -139,13 +156,14 @@ def with_classes(
     return replace(stats, class_gap=total / np.maximum(count, 1), class_counts=count.sum(axis=1))
 
 
-def binned(
-    confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15, scheme: Scheme = "equal_width"
-) -> BinStats:
-    """`bin_statistics` over bins of one width on [0, 1], or over bins that hold about the same number of samples.
+def binned(confidence: Any, correct: Any, num_bins: int = 15, scheme: Scheme = "equal_width") -> BinStats:
+    """Compute `bin_statistics` over bins of equal width on [0, 1], or of about equal numbers of samples.
 
     Raises:
         ValueError: As `bin_statistics`, or if `scheme` is not one of the two.
+
+    >>> binned([0.25, 0.75, 0.75], [0, 1, 0], num_bins=2).count
+    array([1, 2])
     """
     if scheme == "equal_width":
         return bin_statistics(confidence, correct, equal_width_edges(num_bins))
@@ -155,7 +173,7 @@ def binned(
 
 
 def gap_norm(stats: BinStats, norm: Norm = "l1") -> float:
-    """Calibration error of binned samples: a norm of the gaps, weighted by the samples in each bin.
+    """Compute the calibration error of binned samples: a norm of the gaps, weighted by the samples per bin.
 
     Args:
         stats: Bin statistics.
@@ -166,19 +184,48 @@ def gap_norm(stats: BinStats, norm: Norm = "l1") -> float:
 
     Raises:
         ValueError: If `norm` is not one of the three.
+
+    >>> gap_norm(binned([0.25, 0.75, 0.75], [0, 1, 1], num_bins=2), "max")
+    0.25
     """
-    gap = np.abs(stats.gap)
+    return float(vector_norm(weighted_gaps(stats.gap, stats.count, norm), norm))
+
+
+def weighted_gaps(gap: np.ndarray, count: np.ndarray, norm: Norm) -> np.ndarray:
+    """Scale the gaps of bins so that their `vector_norm` is the calibration error.
+
+    Args:
+        gap: Gap of each bin, shape `(..., num_bins)`; 0 where the bin is empty.
+        count: Samples in each bin, same shape.
+        norm: "l1", "l2" or "max".
+
+    Raises:
+        ValueError: If `norm` is not one of the three.
+    """
+    if norm not in _ORDERS:
+        raise ValueError(f"norm must be 'l1', 'l2' or 'max', found {norm!r}.")
+    share = count / count.sum(axis=-1, keepdims=True)
+    return gap * share ** {"l1": 1, "l2": 0.5, "max": 0}[norm]
+
+
+def vector_norm(values: np.ndarray, norm: Norm) -> np.ndarray:
+    """Compute the l1, l2 or maximum norm along the last axis."""
+    return np.linalg.norm(values, _ORDERS[norm], axis=-1)
+
+
+def slope_of_norm(values: np.ndarray, norm: Norm) -> np.ndarray:
+    """Compute a subgradient of `vector_norm` at a vector, shape `(num_bins,)`; a sign of 0 counts as +1."""
+    sign = np.where(values < 0, -1.0, 1.0)
     if norm == "l1":
-        return float(gap @ stats.count / stats.count.sum())
+        return sign
     if norm == "l2":
-        return float(np.sqrt(gap**2 @ stats.count / stats.count.sum()))
-    if norm == "max":
-        return float(gap.max())
-    raise ValueError(f"norm must be 'l1', 'l2' or 'max', found {norm!r}.")
+        direction = values if values.any() else sign
+        return direction / np.linalg.norm(direction)
+    return sign * (np.arange(len(values)) == np.abs(values).argmax())
 
 
 def _bin_index(confidence: np.ndarray, inner_edges: np.ndarray) -> np.ndarray:
-    """The bin `(lower, upper]` of each confidence; the end bins are open outwards."""
+    """Index of the bin `(lower, upper]` of each confidence; the end bins are open outwards."""
     if len(inner_edges) > 64:
         return np.searchsorted(inner_edges, confidence, side="left")
     index = np.zeros(len(confidence), dtype=np.uint8)  # few edges: comparing with each is ten times as fast
@@ -192,8 +239,8 @@ def _check_num_bins(num_bins: int) -> None:
         raise ValueError(f"num_bins must be at least 1, found {num_bins}.")
 
 
-def _vector(name: str, values: np.ndarray) -> np.ndarray:
-    values = np.asarray(values, dtype=np.float64)
+def _vector(name: str, values: Any) -> np.ndarray:
+    values = as_numbers(values, name)
     if values.ndim != 1 or values.size == 0:
         raise ValueError(f"{name} must have shape (N,) with N >= 1, found {values.shape}.")
     if not np.isfinite(values).all():

@@ -10,6 +10,7 @@ from typing import Literal
 import numpy as np
 
 from hf_adafocal.metrics.selective import count_accepted
+from hf_adafocal.metrics.validation import as_array, as_numbers
 
 
 def max_softmax_score(logits: np.ndarray) -> np.ndarray:
@@ -148,7 +149,7 @@ def ood_report(in_logits: np.ndarray, out_logits: np.ndarray) -> dict[str, float
     Raises:
         ValueError: As `max_softmax_score`, or if the two have different numbers of classes.
     """
-    in_logits, out_logits = np.asarray(in_logits), np.asarray(out_logits)
+    in_logits, out_logits = as_array(in_logits), as_array(out_logits)
     if in_logits.shape[1:] != out_logits.shape[1:]:
         raise ValueError(
             "Both sets of logits must come from one model, (N, C) and (M, C); "
@@ -166,7 +167,7 @@ def ood_report(in_logits: np.ndarray, out_logits: np.ndarray) -> dict[str, float
 
 def _shift(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Largest logit of each row, shape `(N,)`, and the logits minus it: a new float64 array, at most 0."""
-    logits = np.asarray(logits)
+    logits = as_numbers(logits, "logits", keep=True)
     if logits.ndim != 2 or logits.size == 0:
         raise ValueError(f"Expected logits (N, C) with N, C >= 1, found shape {logits.shape}.")
     top = logits.max(axis=1).astype(np.float64)
@@ -178,7 +179,7 @@ def _shift(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 def _count_positive(in_scores: np.ndarray, out_scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """In- and out-of-distribution samples at or above each distinct score, from the highest score down."""
-    in_scores, out_scores = np.asarray(in_scores, dtype=np.float64), np.asarray(out_scores, dtype=np.float64)
+    in_scores, out_scores = as_numbers(in_scores, "in_scores"), as_numbers(out_scores, "out_scores")
     for name, scores in (("in_scores", in_scores), ("out_scores", out_scores)):
         if scores.ndim != 1 or scores.size == 0 or np.isnan(scores).any():
             nans = np.count_nonzero(np.isnan(scores))

@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from hf_adafocal.metrics.validation import as_numbers
+
 
 class RiskCoverageCurve(NamedTuple):
     """The points at which a threshold can operate, one for each of the K distinct confidences.
@@ -125,7 +127,7 @@ def area_under_generalized_risk_coverage(confidence: np.ndarray, correct: np.nda
 
 def count_accepted(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Samples at or above each distinct confidence, how many of them are wrong, and that confidence, descending."""
-    confidence, correct = np.asarray(confidence, dtype=np.float64), np.asarray(correct, dtype=np.float64)
+    confidence, correct = as_numbers(confidence, "confidence"), as_numbers(correct, "correct")
     if confidence.ndim != 1 or confidence.shape != correct.shape or confidence.size == 0:
         raise ValueError(
             "Expected two vectors of one length N >= 1: a confidence and a 0/1 outcome a sample; "

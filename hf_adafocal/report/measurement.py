@@ -130,13 +130,12 @@ def measure_samples(samples: PerSample, num_bins: int = 15, num_resamples: int =
     }
     intervals = {}
     if len(confidence) <= MOST_FOR_INTERVALS:
-        options = {"num_resamples": num_resamples}
         binned = {"ece": {}, "ada_ece": {"scheme": "equal_mass"}, "mce": {"norm": "max"}}
         found = {
-            "accuracy": bootstrap_interval(np.mean, correct, **options),
-            "nll": bootstrap_interval(np.mean, nll, **options),
+            "accuracy": bootstrap_interval(np.mean, correct, num_resamples=num_resamples),
+            "nll": bootstrap_interval(np.mean, nll, num_resamples=num_resamples),
             **{
-                name: calibration_error_interval(confidence, correct, num_bins, **kind, **options)
+                name: calibration_error_interval(confidence, correct, num_bins, **kind)
                 for name, kind in binned.items()
             },
         }

@@ -18,13 +18,13 @@ import yaml
 
 import hf_adafocal
 from hf_adafocal.metrics.bin_free import smooth_calibration_error
+from hf_adafocal.metrics.classwise import classwise_calibration_error
 from hf_adafocal.metrics.scores import (
     adaptive_calibration_error,
     binary_adaptive_calibration_error,
     binary_calibration_report,
     binary_expected_calibration_error,
     brier_score,
-    classwise_calibration_error,
     expected_calibration_error,
     negative_log_likelihood,
     softmax,
@@ -395,8 +395,8 @@ class TestProbabilityMetric:
         generator = torch.Generator().manual_seed(0)
         logits = torch.randn(100, 5, generator=generator).mul(3).requires_grad_()
         probabilities, labels = logits.softmax(-1).to(dtype), torch.arange(100) % 5
-        # float16 holds these bfloat16 values, and numpy has no bfloat16
-        values = probabilities.detach().to(torch.float32 if dtype == torch.float32 else torch.float16).numpy()
+        # float32 holds all bfloat16 values, and numpy has no bfloat16
+        values = probabilities.detach().to(torch.float16 if dtype == torch.float16 else torch.float32).numpy()
         expected = LIBRARY[name](values, labels.numpy())
         metric = load(name, tmp_path)
         assert metric.compute(predictions=probabilities, references=labels) == {name: expected}
@@ -405,7 +405,7 @@ class TestProbabilityMetric:
         ("predictions", "references", "message"),
         [
             ([[2.0, -1.0], [0.3, 4.0]], [0, 1], "look like logits"),
-            ([[0.9, 0.3]], [0], "look like logits"),
+            ([[0.9, 0.3]], [0], r"sums to 1\.2.*pass normalize=True"),
             ([[np.nan, 1.0]], [0], "hold NaN"),
             ([[0.5, 0.5]], [2], r"labels must lie in \[0, 2\)"),
             ([[0.5, 0.5]], [-100], "Drop ignored samples"),
@@ -415,7 +415,7 @@ class TestProbabilityMetric:
             ([[0.5, 0.5]], [0, 1], r"shapes \(1, 2\) and \(2,\)"),
             ([[0.5, 0.5]], None, r"shapes \(1, 2\) and \(\)"),
             ([[[0.5, 0.5]]], [[0]], r"shapes \(1, 1, 2\) and \(1, 1\)"),
-            (None, [0], r"shapes \(\) and \(1,\)"),
+            (None, [0], "probabilities must be numbers, found dtype object"),
             ([0, 1], [0, 1], "predicted classes have no confidence"),
         ],
     )

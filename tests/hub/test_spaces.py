@@ -13,7 +13,7 @@ import hf_adafocal
 from hf_adafocal.hub.client import PushError
 from hf_adafocal.hub.spaces import metric_space, publish_metric
 from hf_adafocal.metrics import bin_free as estimators
-from hf_adafocal.metrics import ood, selective
+from hf_adafocal.metrics import classwise, ood, selective
 from hf_adafocal.metrics import scores as metrics
 
 FOLDER = Path(hf_adafocal.__file__).parent / "evaluate_modules"
@@ -52,7 +52,8 @@ class TestMetricSpace:
 
     def test_ece_carries_the_modules_of_ece_alone(self):
         python = {path for path in metric_space("ece", "me/ece") if path.endswith(".py")}
-        assert python == {"ece.py", "app.py", "base.py", "binning.py", "validation.py", "scores.py", "argmax.py"}
+        shared = {"argmax.py", "binning.py", "classwise.py", "scores.py", "validation.py"}
+        assert python == {"ece.py", "app.py", "base.py"} | shared
 
     @every_metric
     @pytest.mark.parametrize("sdk", ["gradio", "static"])
@@ -161,7 +162,7 @@ def test_evaluate_loads_every_metric_from_its_space_without_the_package_with_the
         "ada_ece": {"ada_ece": metrics.adaptive_calibration_error(rows, labels)},
         "aurc": {"aurc": selective.area_under_risk_coverage(confidence, correct)},
         "brier": {"brier": pytest.approx(metrics.brier_score(rows, labels), rel=1e-12)},
-        "classwise_ece": {"classwise_ece": metrics.classwise_calibration_error(rows, labels)},
+        "classwise_ece": {"classwise_ece": classwise.classwise_calibration_error(rows, labels)},
         "ece": {"ece": metrics.expected_calibration_error(rows, labels)},
         "nll": {"nll": pytest.approx(metrics.negative_log_likelihood(rows, labels), rel=1e-12)},
         "ood_detection": {
@@ -179,7 +180,7 @@ def test_evaluate_loads_every_metric_from_its_space_without_the_package_with_the
     assert widgets["brier"] == {"brier": pytest.approx(report["brier"])}
     assert widgets["nll"] == {"nll": pytest.approx(report["nll"])}
     assert widgets["classwise_ece"] == {
-        "classwise_ece": pytest.approx(metrics.classwise_calibration_error(columns, correct))
+        "classwise_ece": pytest.approx(classwise.classwise_calibration_error(columns, correct))
     }
     fetched = [path for _, path, status, _ in local_hub.asked("/spaces/me/ece/resolve/main/", "GET") if status == 200]
     assert {path.rsplit("/", 1)[-1] for path in fetched} >= {"ece.py", "base.py", "scores.py", "binning.py"}

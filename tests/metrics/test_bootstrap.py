@@ -2,7 +2,6 @@ import numpy as np
 import pytest
 import reference
 import scipy.stats
-from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hf_adafocal.metrics.binning import equal_mass_edges, equal_width_edges
@@ -10,11 +9,11 @@ from hf_adafocal.metrics.bootstrap import (
     Interval,
     PairedTest,
     bootstrap_interval,
-    calibration_error_interval,
     paired_calibration_error_test,
     paired_test,
     report_intervals,
 )
+from hf_adafocal.metrics.intervals import calibration_error_interval, classwise_error_interval
 from hf_adafocal.metrics.scores import (
     accuracy,
     brier_score,
@@ -142,124 +141,6 @@ class TestBootstrapInterval:
             bootstrap_interval(lambda a: a, [0, 1])
 
 
-class TestCalibrationErrorInterval:
-    @every_scheme
-    @every_norm
-    def test_its_ends_equal_a_slow_loop(self, scheme, norm):
-        confidence, correct = pairs_with_gap(np.random.default_rng(0), 60, gap=0.1)
-        observed, noise = slow_noise(confidence, correct, 5, scheme, norm, num_resamples=81, seed=3)
-        slope = {
-            "l1": np.sign(observed),
-            "l2": observed / np.sqrt((observed**2).sum()),
-            "max": np.sign(observed) * (np.abs(observed) == np.abs(observed).max()),
-        }[norm]
-        value = np.linalg.norm(observed, NORMS[norm])
-        # of 81 ranked values 2.5 % and 97.5 % are the ranks 2 and 78, counted from 0
-        below = sorted(np.linalg.norm(noise, NORMS[norm], axis=1))[78]
-        above = sorted(-noise @ slope)[78]
-        options = {"scheme": scheme, "norm": norm, "num_resamples": 81, "seed": 3}
-        found = calibration_error_interval(confidence, correct, 5, **options)
-        assert found == pytest.approx((value, max(value - below, 0), min(value + above, 1)))
-
-    @every_scheme
-    @every_norm
-    @given(pairs=PAIRS, num_bins=st.sampled_from([1, 2, 15]))
-    @settings(max_examples=30)
-    def test_the_value_is_the_calibration_error_and_lies_inside(self, scheme, norm, pairs, num_bins):
-        found = calibration_error_interval(*pairs, num_bins, scheme=scheme, norm=norm, num_resamples=20)
-        assert found.value == calibration_error(*pairs, num_bins, scheme=scheme, norm=norm)
-        assert 0 <= found.low <= found.value <= found.high <= 1 + 1e-12
-
-    @pytest.mark.parametrize(
-        ("gap", "truth"),
-        [
-            (0.0, 0.0),
-            (0.05, 0.05),
-            (lambda rate: np.where(rate > 0.7, 0.2, 0.0), 0.2 / 6),
-            (lambda rate: np.where(rate < 0.5, -0.1, 0.1), 0.1),
-        ],
-        ids=["calibrated", "over-confident", "wrong in few bins", "under- and over-confident"],
-    )
-    def test_it_covers_the_true_error_at_least_as_often_as_it_says(self, gap, truth):
-        trials = [pairs_with_gap(np.random.default_rng(seed), 600, gap) for seed in range(100)]
-        found = [calibration_error_interval(*pairs, num_resamples=100) for pairs in trials]
-        covered = sum(one.low <= truth <= one.high for one in found)
-        assert covered >= 90  # 95 on average; fewer than 90 by chance in about 1 of 90 experiments
-        assert sum(one.high >= truth for one in found) >= 93  # 97.5 on average
-
-    def test_it_narrows_to_the_true_error(self):
-        pairs = pairs_with_gap(np.random.default_rng(0), 200_000, gap=0.05)
-        found = calibration_error_interval(*pairs, num_resamples=50)
-        assert 0.04 < found.low < 0.05 < found.high < 0.055
-
-    def test_low_is_0_for_a_calibrated_model_and_above_0_for_one_that_is_not(self):
-        calibrated, other = (pairs_with_gap(np.random.default_rng(0), 1000, gap) for gap in (0, 0.15))
-        assert calibration_error_interval(*calibrated).low == 0 < calibration_error_interval(*other).low
-
-    @every_norm
-    def test_gaps_of_exactly_0_are_not_taken_for_certain(self, norm):
-        found = calibration_error_interval(np.full(400, 0.5), np.arange(400) % 2, norm=norm)
-        # one bin: a mean of 400 coins
-        assert found.low == found.value == 0 and found.high == pytest.approx(1.96 * 0.5 / 20, rel=0.15)
-
-    def test_with_one_bin_it_is_the_interval_of_the_difference_of_means(self):
-        confidence, correct = pairs_with_gap(np.random.default_rng(0), 500, gap=0.15)
-        found = calibration_error_interval(confidence, correct, 1, num_resamples=4000)
-        error = 1.96 * (confidence - correct).std() / np.sqrt(500)
-        assert found.high - found.value == pytest.approx(error, rel=0.05)
-
-    @every_scheme
-    def test_the_order_of_samples_does_not_matter_beyond_chance(self, scheme):
-        confidence, correct = pairs_with_gap(np.random.default_rng(0), 500, gap=0.1)
-        one = calibration_error_interval(confidence, correct, scheme=scheme)
-        other = calibration_error_interval(confidence[::-1], correct[::-1], scheme=scheme)
-        assert other == pytest.approx(one, abs=0.01)
-
-    def test_a_larger_level_is_wider(self):
-        pairs = pairs_with_gap(np.random.default_rng(0), 500, gap=0.1)
-        inner, outer = (calibration_error_interval(*pairs, level=level) for level in (0.5, 0.99))
-        assert outer.low < inner.low < inner.value < inner.high < outer.high
-
-    def test_a_seed_fixes_it_and_another_seed_changes_it(self):
-        pairs = pairs_with_gap(np.random.default_rng(0), 200, gap=0.1)
-        one, same, other = (calibration_error_interval(*pairs, seed=seed) for seed in (1, 1, 2))
-        assert one == same != other
-
-    def test_one_sample_is_its_own_interval_up_to_the_noise_that_cannot_be_seen(self):
-        assert calibration_error_interval([0.75], [1]) == Interval(0.25, 0.25, 0.25)
-
-    def test_its_numbers_are_plain_floats(self):
-        found = calibration_error_interval(np.array([0.2, 0.9], dtype=np.float32), [0, 1])
-        assert {type(number) for number in found} == {float}
-
-    def test_the_arguments_are_left_alone(self):
-        pairs = pairs_with_gap(np.random.default_rng(0), 20, gap=0.1)
-        calibration_error_interval(*pairs, num_resamples=2)
-        again = pairs_with_gap(np.random.default_rng(0), 20, gap=0.1)
-        assert all((a == b).all() for a, b in zip(pairs, again, strict=True))
-
-    @every_bad_option
-    def test_an_option_out_of_range_is_an_error(self, option, match):
-        with pytest.raises(ValueError, match=match):
-            calibration_error_interval([0.5, 0.5], [0, 1], **option)
-
-    @pytest.mark.parametrize(
-        ("pairs", "option", "match"),
-        [
-            (([1.5], [1]), {}, r"must lie in \[0, 1\]"),
-            (([0.5], [2]), {}, "must be 0 or 1"),
-            (([0.5], [1, 0]), {}, r"found shapes \(1,\) and \(2,\)"),
-            (([0.5], [1]), {"norm": "l3"}, "found 'l3'"),
-            (([0.5], [1]), {"scheme": "quantile"}, "found 'quantile'"),
-            (([0.5], [1]), {"num_bins": 0}, "num_bins must be at least 1"),
-        ],
-        ids=str,
-    )
-    def test_what_the_calibration_error_refuses_is_refused(self, pairs, option, match):
-        with pytest.raises(ValueError, match=match):
-            calibration_error_interval(*pairs, **option)
-
-
 def predictions(size=200, classes=4, seed=0):
     generator = np.random.default_rng(seed)
     logits = generator.normal(size=(size, classes)) * 2
@@ -290,20 +171,13 @@ class TestReportIntervals:
     )
     def test_top_label_errors_have_the_interval_of_their_pairs(self, name, options):
         probabilities, labels = predictions()
-        expected = calibration_error_interval(*top_label(probabilities, labels), num_resamples=50, **options)
+        expected = calibration_error_interval(*top_label(probabilities, labels), **options)
         assert report_intervals(probabilities, labels, num_resamples=50)[name] == expected
 
-    def test_classwise_ece_equals_a_slow_loop(self):
-        probabilities, labels = predictions(60, 3)
-        parts = [slow_noise(probabilities[:, k], labels == k, 5, "equal_width", "l1", 40, seed=1) for k in range(3)]
-        observed = np.concatenate([gaps for gaps, _ in parts]) / 3
-        noise = np.concatenate([noise for _, noise in parts], axis=1) / 3
-        slope = np.where(observed < 0, -1, 1)
-        value = np.abs(observed).sum()
-        low = max(value - np.quantile(np.abs(noise).sum(axis=1), 0.95), 0)
-        high = value + max(np.quantile(-noise @ slope, 0.95), 0)
-        found = report_intervals(probabilities, labels, 5, num_resamples=40, level=0.9, seed=1)["classwise_ece"]
-        assert found == pytest.approx((value, low, high))
+    def test_classwise_ece_has_its_own_interval(self):
+        arrays = predictions(60, 3)
+        found = report_intervals(*arrays, 5, num_resamples=40, level=0.9)["classwise_ece"]
+        assert found == classwise_error_interval(*arrays, 5, level=0.9)
 
     def test_half_precision_loses_nothing_beyond_its_own_rounding(self):
         probabilities, labels = predictions()

@@ -6,10 +6,12 @@ import pyarrow
 import pyarrow.csv
 import pyarrow.parquet
 import pytest
+import scipy.stats
 
 from hf_adafocal import cli
-from hf_adafocal.metrics.bootstrap import calibration_error_interval
-from hf_adafocal.metrics.gate import calibration_gate, read_predictions
+from hf_adafocal.metrics.gate import calibration_gate, samples_needed
+from hf_adafocal.metrics.intervals import calibration_error_interval
+from hf_adafocal.metrics.prediction_files import read_predictions
 from hf_adafocal.metrics.scores import adaptive_calibration_error, expected_calibration_error, top_label
 
 SUFFIXES = ("parquet", "csv", "npz")
@@ -48,8 +50,8 @@ def save(path, **columns):
 class TestCalibrationGate:
     def test_it_holds_the_interval_of_the_expected_calibration_error(self):
         confidence, correct = pairs()
-        found = calibration_gate(confidence, correct, max_ece=0.1, confidence_level=0.9, num_bins=10, seed=3)
-        assert found.interval == calibration_error_interval(confidence, correct, 10, level=0.9, seed=3)
+        found = calibration_gate(confidence, correct, max_ece=0.1, confidence_level=0.9, num_bins=10)
+        assert found.interval == calibration_error_interval(confidence, correct, 10, level=0.9)
         assert found.ece == found.interval.value == expected_calibration_error(*predictions(), 10)
 
     def test_equal_mass_bins_make_it_a_gate_on_the_adaptive_one(self):
@@ -69,7 +71,22 @@ class TestCalibrationGate:
     def test_too_few_samples_fail_and_the_message_says_so(self):
         found = calibration_gate(*pairs(200), max_ece=0.08)
         assert found.ece < 0.08 and not found.passed
-        assert found.message.endswith("above the limit 0.08, ECE itself is not: more samples narrow the interval")
+        needed = samples_needed(pairs(200)[0], max_ece=0.08)
+        assert found.message.endswith(
+            "the upper end is above the limit 0.08, the lower end is not: a calibrated model with these confidences "
+            f"needs about {needed} samples to pass"
+        )
+
+    def test_a_limit_that_no_number_of_samples_meets_is_said(self):
+        assert calibration_gate(*pairs(200), max_ece=0).message.endswith(
+            "no number of samples suffices for this limit"
+        )
+
+    def test_few_samples_without_an_error_do_not_pass(self):
+        found = calibration_gate(np.full(20, 0.98), np.ones(20), max_ece=0.03)
+        assert not found.passed and found.interval.low == 0 and found.interval.high > 0.14
+        correct = np.arange(100) > 0  # an error rate of 5 % is compatible with 1 error in 100
+        assert not calibration_gate(np.full(100, 0.995), correct, max_ece=0.03).passed
 
     def test_the_message_is_one_line_with_every_number(self):
         found = calibration_gate(np.full(400, 0.75), np.arange(400) % 2, max_ece=0.125, num_bins=10)
@@ -95,9 +112,58 @@ class TestCalibrationGate:
         with pytest.raises(ValueError, match=f"confidence_level must lie strictly between 0 and 1, found {level}"):
             calibration_gate(*pairs(), max_ece=0.1, confidence_level=level)
 
+    @pytest.mark.parametrize("size", [20, 100, 200])
+    def test_a_true_error_above_the_limit_passes_no_more_often_than_it_says(self, size):
+        # Accuracy .96 at confidence .995: whether the gate passes depends on the number of errors alone.
+        errors = np.arange(size + 1)
+        passes = [
+            calibration_gate(np.full(size, 0.995), np.arange(size) >= count, max_ece=0.0349).passed for count in errors
+        ]
+        assert scipy.stats.binom.pmf(errors, size, 0.04)[passes].sum() <= 0.025
+
+    @pytest.mark.parametrize("shape", ["sharp", "flat"])
+    @pytest.mark.parametrize("shift", [0.0501, -0.0501])
+    def test_drawn_confidences_whose_error_is_above_the_limit_rarely_pass(self, shape, shift):
+        generator, passed, trials = np.random.default_rng(0), 0, 0
+        for size in (20, 100, 500, 3000):
+            for _ in range(60):
+                rate = 0.06 + 0.88 * (generator.beta(9, 1, size) if shape == "sharp" else generator.random(size))
+                passed += calibration_gate(rate + shift, generator.random(size) < rate, max_ece=0.05).passed
+                trials += 1
+        assert scipy.stats.binom.sf(passed - 1, trials, 0.025) > 0.001
+
     def test_what_the_calibration_error_refuses_is_refused(self):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\]"):
             calibration_gate([1.5], [1], max_ece=0.1)
+
+
+class TestSamplesNeeded:
+    @pytest.mark.parametrize("confidence", [np.full(1, 0.98), np.full(1, 0.7), np.linspace(0.3, 1, 400)])
+    @pytest.mark.parametrize("limit", [0.05, 0.1])
+    def test_a_calibrated_model_passes_with_so_many_about_9_times_in_10(self, confidence, limit):
+        generator = np.random.default_rng(0)
+        passed = {}
+        needed = samples_needed(confidence, max_ece=limit)
+        for size in (needed, needed // 4):
+            drawn = [generator.choice(confidence, size) for _ in range(60)]
+            passed[size] = sum(calibration_gate(c, generator.random(size) < c, max_ece=limit).passed for c in drawn)
+        assert passed[needed] >= 45 and passed[needed // 4] <= 30
+
+    def test_more_bins_a_smaller_limit_and_a_higher_level_need_more(self):
+        confidence = np.linspace(0.3, 1, 200)
+        base = samples_needed(confidence, max_ece=0.05)
+        assert samples_needed(confidence, max_ece=0.05, num_bins=50) > base
+        assert samples_needed(confidence, max_ece=0.04) > base
+        assert samples_needed(confidence, max_ece=0.05, confidence_level=0.99) > base
+        assert samples_needed(confidence, max_ece=0.05, num_bins=5) < base
+
+    def test_certain_confidences_need_the_samples_of_an_error_rate(self):
+        # without an error (1 - limit)^n <= .025
+        needed = samples_needed([1.0], max_ece=0.03)
+        assert 0.97 ** (needed * 0.9) > 0.025 > 0.97 ** (needed * 1.1)
+
+    def test_no_number_suffices_for_a_limit_of_0(self):
+        assert samples_needed([0.75], max_ece=0) is None
 
 
 class TestReadPredictions:

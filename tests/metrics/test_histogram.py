@@ -152,10 +152,16 @@ class TestUpdate:
         found.update([0.5], [1], mask=[False])
         assert found.num_samples == 0
 
-    @pytest.mark.parametrize("value", [1.5, -0.1, math.nan, math.inf, float(np.nextafter(1, 2))])
+    @pytest.mark.parametrize("value", [1.5, -0.1, math.nan, math.inf])
     def test_a_confidence_that_is_no_probability_is_an_error(self, value):
         with pytest.raises(ValueError, match=r"must lie in \[0, 1\] without NaN"):
             CalibrationHistogram().update([0.5, value], [1, 0])
+
+    def test_a_confidence_that_rounding_puts_outside_counts_as_0_or_1(self):
+        found, expected = CalibrationHistogram(), CalibrationHistogram()
+        found.update([1 + 2.3e-16, -1e-17], [1, 0])
+        expected.update([1.0, 0.0], [1, 0])
+        assert (found.to_array() == expected.to_array()).all()
 
     @pytest.mark.parametrize("value", [2, -1, -100, 0.5, math.nan])
     def test_an_outcome_other_than_0_and_1_is_an_error(self, value):

@@ -3,7 +3,7 @@
 import evaluate
 
 from hf_adafocal.evaluate_modules import base
-from hf_adafocal.metrics.scores import classwise_calibration_error
+from hf_adafocal.metrics.classwise import classwise_calibration_error
 
 _CITATION = """
 @inproceedings{kull2019beyond,

@@ -1,0 +1,272 @@
+import itertools
+import math
+
+import numpy as np
+import pytest
+import scipy.stats
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hf_adafocal.metrics.binning import binned
+from hf_adafocal.metrics.classwise import classwise_calibration_error
+from hf_adafocal.metrics.intervals import Interval, calibration_error_interval, classwise_error_interval
+from hf_adafocal.metrics.scores import calibration_error, softmax
+
+NORMS = ("l1", "l2", "max")
+every_norm = pytest.mark.parametrize("norm", NORMS)
+every_scheme = pytest.mark.parametrize("scheme", ["equal_width", "equal_mass"])
+every_bad_level = pytest.mark.parametrize("level", [0, 1, 95, np.nan])
+PAIRS = st.lists(st.tuples(st.one_of(st.sampled_from([0.0, 0.3, 1.0]), st.floats(0, 1)), st.booleans()), min_size=1)
+PAIRS = PAIRS.map(lambda pairs: (np.array([c for c, _ in pairs]), np.array([r for _, r in pairs])))
+
+
+def clopper_pearson(events, size, tail):
+    """Exact bounds of a binomial mean as scipy computes them, each with the given tail; the edge cases by Boole."""
+    upper = scipy.stats.binomtest(events, size).proportion_ci(1 - 2 * tail, method="exact").high
+    lower = scipy.stats.binomtest(events, size).proportion_ci(1 - 2 * tail, method="exact").low
+    if events == size - 1:
+        upper = max(upper, 1 - tail / size)
+    if events == 1:
+        lower = min(lower, tail / size)
+    return lower * size, upper * size
+
+
+def slow_signed_bounds(gaps, positive, negative, occupied, size, weight, tail):
+    """Bounds over all signs of the bins, one after the other."""
+    low, high = -np.inf, -np.inf
+    for signs in itertools.product([1, -1], repeat=len(gaps)):
+        total = sum(s * g for s, g in zip(signs, gaps, strict=True))
+        events = sum(p if s > 0 else n for s, p, n in zip(signs, positive, negative, strict=True))
+        high = max(high, total + weight * (clopper_pearson(events, size, tail)[1] - events))
+        low = max(low, total - weight * (events - clopper_pearson(events, size, tail / 2**occupied)[0]))
+    return low, high
+
+
+def pairs_with_gap(generator, size, gap):
+    """Confidence in [0.2, 0.8] plus the gap, which is a number or a function of it; and outcomes at that rate."""
+    rate = 0.2 + 0.6 * generator.random(size)
+    shift = gap(rate) if callable(gap) else gap
+    return rate + shift, generator.random(size) < rate
+
+
+def predictions(size=200, classes=3, seed=0):
+    generator = np.random.default_rng(seed)
+    logits = generator.normal(size=(size, classes)) * 2
+    return softmax(2 * logits), (logits + generator.gumbel(size=logits.shape)).argmax(axis=1)
+
+
+class TestCalibrationErrorInterval:
+    @every_scheme
+    @pytest.mark.parametrize(("size", "num_bins"), [(1, 1), (2, 2), (3, 3), (40, 5), (300, 7)])
+    @pytest.mark.parametrize("level", [0.5, 0.95])
+    def test_its_ends_are_the_exact_ones_over_all_signs_of_the_bins(self, scheme, size, num_bins, level):
+        confidence, correct = pairs_with_gap(np.random.default_rng(size), size, gap=0.1)
+        stats = binned(confidence, correct, num_bins, scheme)
+        held = stats.count > 0
+        count, right = stats.count[held], np.rint(stats.accuracy * stats.count)[held].astype(int)
+        gaps = stats.confidence[held] * count - right
+        low, high = slow_signed_bounds(gaps, count - right, right, len(count), size, 1, (1 - level) / 2)
+        found = calibration_error_interval(confidence, correct, num_bins, scheme=scheme, level=level)
+        assert found[1:] == pytest.approx((max(low / size, 0), min(high / size, 1)), abs=1e-9)
+
+    def test_with_one_bin_it_is_the_interval_of_clopper_and_pearson(self):
+        # 0.98 - 20 / 20 and 0.98 - 50 / 100: the gap is known up to the accuracy
+        found = calibration_error_interval(np.full(20, 0.98), np.ones(20))
+        assert found == pytest.approx((0.02, 0, 0.98 - 0.025 ** (1 / 20)))
+        found = calibration_error_interval(np.full(100, 0.98), np.arange(100) % 2)
+        accuracy = scipy.stats.binomtest(50, 100).proportion_ci(0.95, method="exact").low
+        low = 0.98 - scipy.stats.binomtest(50, 100).proportion_ci(0.975, method="exact").high
+        assert found == pytest.approx((0.48, low, 0.98 - accuracy))
+
+    @every_norm
+    @pytest.mark.parametrize("level", [0.5, 0.9])
+    @pytest.mark.parametrize("seed", range(6))
+    def test_summed_over_all_outcomes_of_few_samples_no_end_fails_more_often_than_it_says(self, norm, level, seed):
+        generator = np.random.default_rng(seed)
+        size, num_bins = 7, 3
+        confidence = generator.choice([generator.random(size), np.full(size, 0.9), np.full(size, 0.05)])
+        rate = generator.choice([generator.random(size), confidence, np.minimum(confidence + 0.05, 1)])
+        true = binned(confidence, rate, num_bins)
+        gaps = np.abs(true.gap)
+        truth = {
+            "l1": gaps @ true.count / size,
+            "l2": math.sqrt(gaps**2 @ true.count / size),
+            "max": gaps.max(),
+        }[norm]
+        above = below = 0.0
+        for outcome in itertools.product([0, 1], repeat=size):
+            chance = np.prod(np.where(outcome, rate, 1 - rate))
+            found = calibration_error_interval(confidence, outcome, num_bins, norm=norm, level=level)
+            above += chance * (found.low > truth + 1e-9)
+            below += chance * (found.high < truth - 1e-9)
+        assert above <= (1 - level) / 2 + 1e-9 and below <= (1 - level) / 2 + 1e-9
+
+    @every_scheme
+    @every_norm
+    @given(pairs=PAIRS, num_bins=st.sampled_from([1, 2, 15]))
+    @settings(max_examples=30)
+    def test_the_value_is_the_calibration_error_and_lies_inside(self, scheme, norm, pairs, num_bins):
+        found = calibration_error_interval(*pairs, num_bins, scheme=scheme, norm=norm)
+        assert found.value == calibration_error(*pairs, num_bins, scheme=scheme, norm=norm)
+        assert 0 <= found.low <= found.value <= found.high <= 1
+
+    @pytest.mark.parametrize(
+        ("gap", "truth"),
+        [
+            (0.0, 0.0),
+            (0.05, 0.05),
+            (lambda rate: np.where(rate > 0.7, 0.2, 0.0), 0.2 / 6),
+            (lambda rate: np.where(rate < 0.5, -0.1, 0.1), 0.1),
+        ],
+        ids=["calibrated", "over-confident", "wrong in few bins", "under- and over-confident"],
+    )
+    def test_it_covers_the_true_error_of_drawn_confidences(self, gap, truth):
+        trials = [pairs_with_gap(np.random.default_rng(seed), 600, gap) for seed in range(200)]
+        found = [calibration_error_interval(*pairs) for pairs in trials]
+        assert sum(one.low <= truth <= one.high for one in found) >= 190
+
+    def test_it_narrows_to_the_true_error(self):
+        pairs = pairs_with_gap(np.random.default_rng(0), 200_000, gap=0.05)
+        found = calibration_error_interval(*pairs)
+        assert 0.04 < found.low < 0.05 < found.high < 0.055
+
+    def test_low_is_0_for_a_calibrated_model_and_above_0_for_one_that_is_not(self):
+        calibrated, other = (pairs_with_gap(np.random.default_rng(0), 1000, gap) for gap in (0, 0.15))
+        assert calibration_error_interval(*calibrated).low == 0 < calibration_error_interval(*other).low
+
+    @every_norm
+    def test_gaps_of_exactly_0_are_not_taken_for_certain(self, norm):
+        found = calibration_error_interval(np.full(400, 0.5), np.arange(400) % 2, norm=norm)
+        # one bin: a mean of 400 coins
+        assert found.low == found.value == 0 and found.high == pytest.approx(1.96 * 0.5 / 20, rel=0.15)
+
+    @pytest.mark.parametrize("norm", ["l2", "max"])
+    def test_bins_are_bounded_each_on_its_own_for_other_norms(self, norm):
+        confidence, correct = np.repeat([0.25, 0.75], [40, 10]), np.repeat([1, 0, 1, 0], [10, 30, 9, 1])
+        found = calibration_error_interval(confidence, correct, 2, norm=norm)
+        uppers, lowers = [], []
+        tail = 0.025 if norm == "max" else 0.025 / 2
+        for p, right, size in ((0.25, 10, 40), (0.75, 9, 10)):
+            low, high = clopper_pearson(right, size, tail)
+            uppers.append(max(high / size - p, p - low / size))
+            low, high = clopper_pearson(right, size, 0.025 / 4)
+            lowers.append(max(low / size - p, p - high / size, 0))
+        if norm == "max":
+            expected = max(lowers), max(uppers)
+        else:
+            expected = (math.sqrt(np.dot([0.8, 0.2], np.square(ends))) for ends in (lowers, uppers))
+        assert found[1:] == pytest.approx(tuple(expected))
+
+    @every_scheme
+    def test_the_order_of_samples_does_not_matter(self, scheme):
+        confidence, correct = pairs_with_gap(np.random.default_rng(0), 500, gap=0.1)
+        one = calibration_error_interval(confidence, correct, scheme=scheme)
+        assert calibration_error_interval(confidence[::-1], correct[::-1], scheme=scheme) == pytest.approx(one)
+
+    def test_a_larger_level_is_wider(self):
+        pairs = pairs_with_gap(np.random.default_rng(0), 500, gap=0.1)
+        inner, outer = (calibration_error_interval(*pairs, level=level) for level in (0.5, 0.99))
+        assert outer.low < inner.low < inner.value < inner.high < outer.high
+
+    def test_one_sample_tells_next_to_nothing(self):
+        found = calibration_error_interval([0.75], [1])
+        assert found == pytest.approx((0.25, 0, 0.725))  # an accuracy of 0.025 makes a right one in 40 draws
+
+    def test_bins_without_number_leave_a_lower_end_of_0(self):
+        generator = np.random.default_rng(0)
+        confidence = generator.random(2000)
+        found = calibration_error_interval(confidence, generator.random(2000) < confidence, 2000)
+        assert found.low == 0 and found.value > 0.2
+
+    def test_its_numbers_are_plain_floats(self):
+        for norm in NORMS:
+            found = calibration_error_interval(np.array([0.2, 0.9], dtype=np.float32), [0, 1], norm=norm)
+            assert {type(number) for number in found} == {float}
+
+    def test_the_arguments_are_left_alone(self):
+        pairs = pairs_with_gap(np.random.default_rng(0), 20, gap=0.1)
+        calibration_error_interval(*pairs)
+        again = pairs_with_gap(np.random.default_rng(0), 20, gap=0.1)
+        assert all((a == b).all() for a, b in zip(pairs, again, strict=True))
+
+    @every_bad_level
+    def test_a_level_out_of_range_is_an_error(self, level):
+        with pytest.raises(ValueError, match=f"level must lie strictly between 0 and 1, found {level}; 0.95 stands"):
+            calibration_error_interval([0.5, 0.5], [0, 1], level=level)
+        with pytest.raises(ValueError, match=f"level must lie strictly between 0 and 1, found {level}"):
+            classwise_error_interval([[0.5, 0.5]], [0], level=level)
+
+    @pytest.mark.parametrize(
+        ("pairs", "option", "match"),
+        [
+            (([1.5], [1]), {}, r"must lie in \[0, 1\]"),
+            (([0.5], [2]), {}, "must be 0 or 1"),
+            (([0.5], [1, 0]), {}, r"found shapes \(1,\) and \(2,\)"),
+            (([0.5], [1]), {"norm": "l3"}, "found 'l3'"),
+            (([0.5], [1]), {"scheme": "quantile"}, "found 'quantile'"),
+            (([0.5], [1]), {"num_bins": 0}, "num_bins must be at least 1"),
+        ],
+        ids=str,
+    )
+    def test_what_the_calibration_error_refuses_is_refused(self, pairs, option, match):
+        with pytest.raises(ValueError, match=match):
+            calibration_error_interval(*pairs, **option)
+
+
+class TestClasswiseErrorInterval:
+    @pytest.mark.parametrize(("size", "classes", "num_bins"), [(1, 2, 1), (5, 2, 3), (60, 3, 3), (60, 1, 4)])
+    @pytest.mark.parametrize("level", [0.5, 0.95])
+    def test_its_ends_are_the_exact_ones_over_all_signs_of_all_bins(self, size, classes, num_bins, level):
+        probabilities, labels = predictions(size, classes)
+        gaps, hits = [], []
+        for k in range(classes):
+            stats = binned(probabilities[:, k], labels == k, num_bins)
+            gaps += (stats.gap * stats.count)[stats.count > 0].tolist()
+            hits += np.rint(stats.accuracy * stats.count)[stats.count > 0].astype(int).tolist()
+        # a class whose first bin is empty still counts as one more bin, which only lowers the lower end
+        occupied = len(gaps) + sum((probabilities[:, k] > 1 / num_bins).all() for k in range(classes))
+        low, high = slow_signed_bounds(gaps, np.zeros(len(gaps), int), hits, occupied, size, 2, (1 - level) / 2)
+        found = classwise_error_interval(probabilities, labels, num_bins, level=level)
+        assert found.value == pytest.approx(classwise_calibration_error(probabilities, labels, num_bins))
+        scale = size * classes
+        expected = max(low / scale, 0), max(min(high / scale, 2 / classes, 1), found.value)
+        assert found[1:] == pytest.approx(expected, abs=1e-9)
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_summed_over_all_labels_of_few_samples_no_end_fails_more_often_than_it_says(self, seed):
+        generator = np.random.default_rng(seed)
+        size, classes, num_bins, level = 5, 3, 2, 0.6
+        probabilities = generator.dirichlet(np.ones(classes), size=size)
+        rates = probabilities if seed % 2 else generator.dirichlet(np.ones(classes), size=size)
+        truth = (
+            sum(
+                np.abs(stats.gap) @ stats.count / size
+                for stats in (binned(probabilities[:, k], rates[:, k], num_bins) for k in range(classes))
+            )
+            / classes
+        )
+        above = below = 0.0
+        for labels in itertools.product(range(classes), repeat=size):
+            chance = np.prod(rates[np.arange(size), labels])
+            found = classwise_error_interval(probabilities, np.array(labels), num_bins, level=level)
+            above += chance * (found.low > truth + 1e-9)
+            below += chance * (found.high < truth - 1e-9)
+        assert above <= 0.2 + 1e-9 and below <= 0.2 + 1e-9
+
+    def test_a_thousand_classes_take_no_quantile_of_a_vanishing_tail(self):
+        generator = np.random.default_rng(0)
+        probabilities = generator.dirichlet(np.full(1000, 0.05), size=300)
+        labels = np.array([generator.choice(1000, p=row) for row in probabilities])
+        found = classwise_error_interval(probabilities, labels)
+        assert found.low == 0 < found.value < found.high < 2 / 1000
+
+    def test_a_sure_model_that_is_always_wrong_is_found_out(self):
+        found = classwise_error_interval(np.tile([1.0, 0.0], (500, 1)), np.ones(500, dtype=int))
+        assert found.value == 1 and 0.9 < found.low < 1 == found.high
+
+    def test_values_on_rounded_edges_count_in_the_bin_of_the_metric(self):
+        column = np.array([1 / 15, 0.2, 1 / 3, 0.6], dtype=np.float32)
+        probabilities = np.stack([column, 1 - column], axis=1)
+        found = classwise_error_interval(probabilities, [0, 1, 0, 1])
+        assert isinstance(found, Interval)
+        assert found.value == classwise_calibration_error(probabilities, [0, 1, 0, 1])
