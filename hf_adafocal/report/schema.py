@@ -176,7 +176,7 @@ def build_report(
         model: The model, wrapped or not, or the `ModelFacts` of one.
         split: Role of the measured split: "test", "evaluation", "calibration".
         num_bins: Bins of all binned metrics.
-        folded: The scaling inside the model's head, as `recorded_scaling(model.config)` gives it.
+        folded: The scaling inside the model's head, as `recorded_scaling(model)` gives it.
         scaling: A scaling that was fitted before and is not folded, instead of a new temperature.
         num_resamples: Resamples of the bootstrap intervals.
         weights: `weights_hash` of the folder that the weights are saved in.

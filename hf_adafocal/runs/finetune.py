@@ -82,7 +82,7 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
         calibration[:2],
         model=trainer.model,
         num_bins=args.num_bins,
-        folded=recorded_scaling(trainer.model.config),
+        folded=recorded_scaling(trainer.model),
         weights=weights_hash(args.output_dir),
         trained_on=HUB_IDS.get(task.dataset, task.dataset),
         evaluated_on=HUB_IDS.get(task.dataset, task.dataset),

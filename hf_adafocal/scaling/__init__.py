@@ -11,6 +11,7 @@ _HOMES = {
     "fit_vector_scaling": "fit",
     "fold_checkpoint": "folding",
     "fold_scaling": "folding",
+    "forget_scaling": "folding",
     "nll_on_grid": "grid",
     "recorded_scaling": "folding",
     "unfold_scaling": "folding",

@@ -152,9 +152,14 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
         minimum (T would fall to 0 and one later mistake would cost hundreds of nats): T is then 1, with a warning.
 
     Raises:
-        ValueError: If shapes do not fit, a label is no class index, or a logit is NaN or infinite.
+        ValueError: If shapes do not fit, a label is no class index, a logit is NaN or infinite, or the logits are
+            probabilities.
 
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2.
+
+    >>> logits = torch.tensor([[4.0, 0.0]] * 4)
+    >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 4 / T = log 3
+    3.641
     """
     logits, labels = _checked(logits, labels)
     if _all_right(logits, labels):
@@ -170,6 +175,12 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
 
     bounds = (-LOG_TEMPERATURE_BOUND, LOG_TEMPERATURE_BOUND)
     found = minimize_scalar(nll, bounds=bounds, method="bounded", options={"xatol": 1e-6})
+    if abs(found.x) > LOG_TEMPERATURE_BOUND - 1e-3:
+        warnings.warn(
+            f"The best temperature lies at the end of the search, {math.exp(found.x):.3g}: the logits tell next to "
+            "nothing of the labels, or their scale is far off. Look at the logits and the order of the classes.",
+            stacklevel=2,
+        )
     before = nll(0.0)
     if not found.fun <= before + ROUNDING:
         _warn_of_refusal("temperature", before, found.fun)
@@ -276,6 +287,11 @@ def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         )
     if not torch.isfinite(logits).all():
         raise ValueError("Held-out logits must be finite, found NaN or infinite values.")
+    if bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-2).all()):
+        raise ValueError(
+            "Expected logits, found rows of probabilities (not negative, each with the sum 1). Give the scores before "
+            "the softmax, or the logarithm of the probabilities."
+        )
     return logits, labels.long()
 
 

@@ -37,7 +37,7 @@ def report_of(
     split, dataset = _measured_set(trainer, test_dataset)
     metrics, logits = trainer.measure(dataset, split)
     calibration = trainer.calibration_dataset
-    folded = recorded_scaling(trainer.model.config) if hasattr(trainer.model, "config") else None
+    folded = recorded_scaling(trainer.model)
     fitted = None
     if calibration is not None and folded is None and logits is not None:
         fitted = logits if calibration is dataset else trainer.measure(calibration, "calibration")[1]
@@ -85,7 +85,7 @@ def _facts(trainer: "AdaFocalTrainer", split: str, dataset: Any) -> dict[str, An
         "model": trainer.model,
         "split": split,
         "num_bins": getattr(args, "num_bins", DEFAULT_BINS),
-        "folded": recorded_scaling(trainer.model.config) if hasattr(trainer.model, "config") else None,
+        "folded": recorded_scaling(trainer.model),
         "loss": {
             "name": name_of(trainer.loss),
             **(args.loss_settings if plan.from_arguments else {}),

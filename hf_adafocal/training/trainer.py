@@ -17,7 +17,7 @@ from hf_adafocal.report.card import write_card
 from hf_adafocal.report.files import pictures, read_report, save_report
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.weights import weights_hash
-from hf_adafocal.scaling.folding import RECORD
+from hf_adafocal.scaling.folding import forget_scaling, recorded_scaling
 from hf_adafocal.training.arguments import STEERING_ARGUMENTS, AdaFocalTrainingArguments
 from hf_adafocal.training.calibration_at_end import CalibrationOutcome, calibrate_head, check_before_training
 from hf_adafocal.training.callbacks import (
@@ -180,9 +180,9 @@ class AdaFocalTrainer(RecordingTrainer):
         if self.plan.calibrate_at_end:
             check_before_training(self)
         self.batch_recorded = False
-        if getattr(getattr(self.model, "config", None), RECORD, None) is not None:
+        if recorded_scaling(self.model) is not None:
             logger.warning("The model has a scaling folded into its head; training moves on from there, unrecorded.")
-            setattr(self.model.config, RECORD, None)
+            forget_scaling(self.model)
         outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.plan.calibrate_at_end:
             self.calibration_outcome = calibrate_head(self)

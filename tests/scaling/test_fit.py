@@ -89,7 +89,7 @@ class TestFitTemperature:
         found = fit_temperature(torch.tensor([[5.0, 0.0]] * 10), torch.ones(10, dtype=torch.long))
         assert found == pytest.approx(math.exp(LOG_TEMPERATURE_BOUND), rel=1e-3)
 
-    @pytest.mark.parametrize("margin", [0.1, 1.0, 10.0, 100.0])
+    @pytest.mark.parametrize("margin", [0.1, 2.0, 10.0, 100.0])
     def test_where_every_sample_is_right_no_temperature_fits_best_and_it_is_one(self, margin):
         labels = torch.arange(5).repeat(4)
         with pytest.warns(UserWarning, match="All 20 held-out samples are classified correctly.*T stays 1"):
@@ -171,7 +171,7 @@ class TestFitTemperatureScaling:
 
     def test_where_every_sample_is_right_it_is_the_identity_with_a_warning(self):
         with pytest.warns(UserWarning, match="All 3 held-out samples"):
-            found = fit_temperature_scaling(torch.eye(3), torch.arange(3))
+            found = fit_temperature_scaling(2 * torch.eye(3), torch.arange(3))
         assert (found.scale, found.bias) == (1.0, 0.0) and found.nll_after == found.nll_before
 
 
@@ -246,7 +246,7 @@ class TestFitVectorScaling:
 
     def test_where_every_sample_is_right_it_is_the_identity_with_a_warning(self):
         with pytest.warns(UserWarning, match="All 3 held-out samples"):
-            found = fit_vector_scaling(torch.eye(3), torch.arange(3))
+            found = fit_vector_scaling(2 * torch.eye(3), torch.arange(3))
         assert (found.scale, found.bias) == (1.0, 0.0)
 
     @pytest.mark.parametrize("factor", [-5.0, 0.0, math.nan])
@@ -353,3 +353,21 @@ class TestSupport:
         logits = torch.randn(5, 3, dtype=torch.float64)
         for fitted in (Scaling(0.37), Scaling((0.4, 1.3, -0.2), (0.5, -1.0, 2.0))):
             torch.testing.assert_close(fitted.undo(fitted.apply(logits)), logits)
+
+
+class TestWhatIsNoLogit:
+    @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+    def test_probabilities_are_refused(self, dtype):
+        p = (3 * torch.randn(50, 4)).softmax(-1).to(dtype)
+        for fit in (fit_temperature, fit_temperature_scaling, fit_vector_scaling):
+            with pytest.raises(ValueError, match="Expected logits, found rows of probabilities"):
+                fit(p, torch.arange(50) % 4)
+
+    def test_their_logarithm_is_as_good_as_the_logits(self):
+        logits, labels = 3 * torch.randn(50, 4), torch.arange(50) % 4
+        assert fit_temperature(logits.log_softmax(-1), labels) == pytest.approx(fit_temperature(logits, labels))
+
+    def test_a_temperature_at_the_end_of_the_search_warns(self):
+        logits = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
+        with pytest.warns(UserWarning, match="lies at the end of the search"):
+            fit_temperature(logits, torch.tensor([1, 0]))

@@ -37,12 +37,13 @@ from hf_adafocal.models import (
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
 from hf_adafocal.scaling.folding import (
     check_foldable,
-    find_head,
     fold_checkpoint,
     fold_scaling,
+    forget_scaling,
     recorded_scaling,
     unfold_scaling,
 )
+from hf_adafocal.scaling.head import example, find_head
 
 TEXTS = ["the cat sat on the mat", "a dog barks", "cats and dogs and mats", "sat"]
 TEMPERATURE = Scaling(1 / 2.7, 0.0, 1.5, 1.25, 60)
@@ -272,7 +273,7 @@ class TestRefusals:
         model.save_pretrained(tmp_path)
         again = AutoModelForSequenceClassification.from_pretrained(tmp_path)
         self.refused(again, "folded into this model already")
-        again.config.adafocal_calibration = None  # as after further training
+        forget_scaling(again)  # as after further training
         fold_scaling(again, TEMPERATURE)
 
     def test_a_vector_needs_a_bias_to_put_its_own_into(self):
@@ -343,14 +344,13 @@ class TestRefusals:
         nn.utils.parametrizations.weight_norm(model.classifier)
         self.refused(model, "head classifier is a .*ParametrizedLinear .*without quantization, parametrization")
 
-    def test_an_adapter_that_is_not_merged(self):
+    def test_the_base_of_an_adapter_which_is_saved_without_its_head(self):
         peft = pytest.importorskip("peft")
         model = peft.get_peft_model(bert(), peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"]))
-        self.refused(model, r"found PeftModelForSequenceClassification.*merge_and_unload\(\)", error=TypeError)
-        self.refused(model.get_base_model(), r"modules are adapters \(bert.*merge_and_unload\(\)")
+        self.refused(model.get_base_model(), r"modules are adapters \(bert.*the PeftModel itself.*merge_and_unload")
 
     def test_a_wrapped_model_is_a_type_error(self):
-        with pytest.raises(TypeError, match="Expected a transformers model, found DataParallel. Unwrap it"):
+        with pytest.raises(TypeError, match="Expected a transformers or PEFT model, found DataParallel. Unwrap it"):
             fold_scaling(nn.DataParallel(bert()), TEMPERATURE)
 
 
@@ -555,7 +555,7 @@ class TestFoldCheckpoint:
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "old")
         config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
         peft.get_peft_model(base, config).save_pretrained(tmp_path / "old")
-        self.refused(tmp_path / "old", "Merge them first")
+        self.refused(tmp_path / "old", "merge them first")
 
 
 class TestCheckFoldable:
@@ -575,3 +575,113 @@ class TestCheckFoldable:
                 attempt()
             messages.append(str(error.value))
         assert messages[0] == messages[1]
+
+
+def adapted(**settings):
+    """A LoRA classifier of texts whose head is trained with it."""
+    peft = pytest.importorskip("peft")
+    base = bert(**settings)
+    base.config._name_or_path = ""
+    model = peft.get_peft_model(base, peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query", "value"]))
+    for name, parameter in model.named_parameters():
+        if "lora_" in name or "modules_to_save" in name:
+            nn.init.normal_(parameter, std=0.3)
+    return model.eval()
+
+
+class TestAdapters:
+    @SCALINGS
+    def test_the_adapter_alone_brings_the_scaled_probabilities_to_a_fresh_base(self, scaling, tmp_path):
+        peft = pytest.importorskip("peft")
+        model = adapted()
+        expected = scaling.apply(logits_of(model)).softmax(-1)
+        fold_scaling(model, scaling)
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(bert(), tmp_path).eval()
+        torch.testing.assert_close(logits_of(again).softmax(-1), expected, rtol=1e-5, atol=1e-6)
+
+    def test_the_record_is_in_the_adapters_config_and_a_second_folding_is_refused(self, tmp_path):
+        peft = pytest.importorskip("peft")
+        model = adapted()
+        fold_scaling(model, TEMPERATURE)
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(bert(), tmp_path)
+        assert recorded_scaling(again) == TEMPERATURE
+        with pytest.raises(ValueError, match="folded into this model already"):
+            fold_scaling(again, TEMPERATURE)
+        unfold_scaling(again)
+        assert recorded_scaling(again) is None
+        torch.testing.assert_close(logits_of(again), logits_of(adapted()), rtol=1e-5, atol=1e-5)
+
+    def test_merging_after_folding_keeps_the_scaled_probabilities(self):
+        model = adapted()
+        expected = TEMPERATURE.apply(logits_of(model))
+        fold_scaling(model, TEMPERATURE)
+        torch.testing.assert_close(logits_of(model.merge_and_unload()), expected, rtol=1e-4, atol=1e-5)
+
+    @pytest.mark.parametrize("head", ["frozen", "adapted"])
+    def test_a_head_that_the_adapter_does_not_hold_whole_is_refused(self, head):
+        peft = pytest.importorskip("peft")
+        targets = ["query", "classifier"] if head == "adapted" else ["query"]
+        model = peft.get_peft_model(bert(), peft.LoraConfig(target_modules=targets))
+        with pytest.raises(ValueError, match="not saved with the adapter: put it into .*modules_to_save"):
+            fold_scaling(model, TEMPERATURE)
+
+
+class TestConvolutionalHeads:
+    def test_a_segmenter_gives_the_scaled_probabilities_of_each_pixel(self, tmp_path):
+        config = transformers.SegformerConfig(
+            num_encoder_blocks=2, depths=[1, 1], sr_ratios=[2, 1], hidden_sizes=[8, 16], patch_sizes=[3, 3],
+            strides=[2, 2], num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=8, image_size=24,
+            num_labels=3,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        transformers.SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "old")
+        old = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "old").eval()
+        fold_checkpoint(tmp_path / "old", VECTOR, tmp_path / "new")
+        new = transformers.SegformerForSemanticSegmentation.from_pretrained(tmp_path / "new").eval()
+        pixels = {"pixel_values": torch.randn(2, 3, 32, 40)}
+        before, after = (logits_of(model, pixels).movedim(1, -1) for model in (old, new))
+        torch.testing.assert_close(after, VECTOR.apply(before), rtol=1e-4, atol=1e-5)
+
+
+class TestExample:
+    def config(self, **settings):
+        return transformers.PretrainedConfig(**settings)
+
+    @pytest.mark.parametrize(
+        ("settings", "shape"),
+        [
+            ({"image_size": 32, "num_channels": 1}, (1, 1, 32, 32)),
+            ({"image_size": [16, 24]}, (1, 3, 16, 24)),
+            ({"image_size": {"height": 16, "width": 24}}, (1, 3, 16, 24)),
+            ({"vision_config": transformers.PretrainedConfig(image_size=48)}, (1, 3, 48, 48)),
+            ({"vision_config": {"image_size": 48, "num_channels": 4}}, (1, 4, 48, 48)),
+            ({"pretrained_cfg": {"input_size": [3, 10, 12]}}, (1, 3, 10, 12)),
+            ({}, (1, 3, 224, 224)),
+        ],
+    )
+    def test_an_image_has_the_size_that_the_config_tells(self, settings, shape):
+        class Model:
+            main_input_name, device, dtype = "pixel_values", "cpu", torch.float32
+
+        Model.config = transformers.PretrainedConfig(**settings)
+        assert example(Model)["pixel_values"].shape == shape
+
+    def test_a_model_with_a_nested_vision_config_is_folded(self):
+        vision = {**SMALL, "image_size": 48, "patch_size": 16}
+        model = transformers.SiglipForImageClassification(
+            transformers.SiglipConfig(vision_config=vision, text_config={**SMALL, "vocab_size": 50}, **LABELED)
+        ).eval()
+        pixels = {"pixel_values": torch.randn(2, 3, 48, 48)}
+        expected = TEMPERATURE.apply(logits_of(model, pixels))
+        fold_scaling(model, TEMPERATURE)
+        torch.testing.assert_close(logits_of(model, pixels), expected, rtol=1e-4, atol=1e-5)
+
+    def test_a_model_that_takes_no_such_batch_asks_for_one(self):
+        class Video(BertForSequenceClassification):
+            def forward(self, input_ids=None, **kwargs):
+                raise RuntimeError("expected 5 dimensions")
+
+        with pytest.raises(ValueError, match="does not take the batch .*expected 5 dimensions.* as `inputs`"):
+            fold_scaling(Video(bert().config), TEMPERATURE)
