@@ -46,9 +46,8 @@ def outcome(run) -> dict:
     return {
         "world_size": run.args.world_size,
         "weights": hashlib.sha256(weights).hexdigest(),
-        "gammas": run.loss.gammas.tolist(),
-        "edges": run.loss.edges.tolist(),
-        "table": run.state.stateful_callbacks["adafocal"],
+        "loss": {name: buffer.tolist() for name, buffer in run.loss.named_buffers()},
+        "table": run.state.stateful_callbacks.get("adafocal"),
         "log": [
             {name: value for name, value in entry.items() if not name.endswith(TIMINGS)}
             for entry in run.state.log_history

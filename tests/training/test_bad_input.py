@@ -106,7 +106,7 @@ class TestLogitsThatAreNotFinite:
             preprocess_logits_for_metrics=calibration.reduce,
             callbacks=[AdaFocalCallback(loss, calibration.calibrate)],
         )
-        with pytest.raises(ValueError, match="5 of 12 evaluated samples .* NaN or infinite"):
+        with pytest.raises(ValueError, match="5 of 12 samples of the evaluation set .* NaN or infinite"):
             run.train()
         assert loss.gammas.eq(1).all()
 
@@ -142,7 +142,7 @@ def evaluate_and_keep_warnings(folder):
     torch.set_num_threads(1)
     run = still(folder, rows([30, 31, 32] * 2 + [33, 34], [0] * 4 + [1] * 4))
     log = logging.FileHandler(folder / f"rank-{run.args.process_index}.txt")
-    logging.getLogger("hf_adafocal.training.plan").addHandler(log)
+    logging.getLogger("hf_adafocal.training.recorder").addHandler(log)
     assert run.args.world_size == 2
     run.evaluate()
 
@@ -212,7 +212,7 @@ class TestLabels:
     @pytest.mark.parametrize(
         ("labels", "feature", "message"),
         [
-            ([[1.0, 0.0, 1.0]] * 12, Sequence(Value("float32")), r"a vector of floats a sample \(multi-label\?\)"),
+            ([[1.0, 0.0, 1.0]] * 12, Sequence(Value("float32")), r"a vector of floats per sample \(multi-label\?\)"),
             ([0.5] * 12, Value("float32"), r"floats \(regression\?\)"),
         ],
     )
@@ -259,5 +259,5 @@ class TestModels:
             def forward(self, input_ids, labels=None):
                 return {"logits": super().forward(input_ids)["logits"][:, 0].reshape(shape)}
 
-        with pytest.raises(ValueError, match=r"Expected one logit a class, found logits of shape \(8,"):
+        with pytest.raises(ValueError, match=r"Expected one logit per class, found logits of shape \(8,"):
             still(tmp_path, rows([30], [0]), Single()).train()

@@ -26,14 +26,18 @@ class TestCheckpoint:
         run = tiny.trainer(tmp_path, save_strategy="epoch")
         run.train()
         saved = saved_state(tmp_path / "checkpoint-12")["stateful_callbacks"][STATE_KEY]
-        assert saved == {"edges": run.loss.edges.tolist(), "gammas": run.loss.gammas.tolist(), "updates": 2}
+        gammas = run.loss.gammas.tolist()
+        assert {name: saved[name] for name in saved if name != "history"} == {
+            **{"edges": run.loss.edges.tolist(), "gammas": gammas, "updates": 2}
+        }
+        assert [update["step"] for update in saved["history"]] == [0, 6, 12]
+        assert saved["history"][0]["gammas"] == [1.0] * 5 and saved["history"][-1]["gammas"] == gammas
 
     def test_the_table_saved_with_an_epoch_is_the_one_the_next_epoch_uses(self, tmp_path):
         run = tiny.trainer(tmp_path, save_strategy="epoch")
         run.train()
-        logged = [entry for entry in run.state.log_history if "gamma_00" in entry]
         saved = saved_state(tmp_path / "checkpoint-6")["stateful_callbacks"][STATE_KEY]
-        assert saved["gammas"] == [logged[0][f"gamma_{index:02d}"] for index in range(5)]
+        assert saved["gammas"] == run.adaptive_callback.history[1]["gammas"]
 
     def test_resuming_says_how_many_updates_were_restored(self, tmp_path, warnings):
         from transformers.utils import logging as hf_logging
@@ -45,7 +49,7 @@ class TestCheckpoint:
             again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-12"))
         finally:
             hf_logging.set_verbosity_warning()
-        assert "Restored AdaFocal's table after 2 updates" in warnings.text
+        assert "Restored the loss's table after 2 updates" in warnings.text
 
     def test_a_checkpoint_of_another_trainer_starts_a_fresh_table_and_says_so(self, tmp_path, warnings):
         args = TrainingArguments(str(tmp_path), num_train_epochs=1, use_cpu=True, save_strategy="epoch")
@@ -67,4 +71,4 @@ class TestWhen:
     def test_every_evaluation_by_steps_moves_gamma(self, tmp_path):
         run = tiny.trainer(tmp_path, eval_strategy="steps", eval_steps=3)
         run.train()
-        assert [entry["step"] for entry in run.state.log_history if "gamma_00" in entry] == [3, 6, 9, 12]
+        assert [update["step"] for update in run.adaptive_callback.history] == [0, 3, 6, 9, 12]

@@ -81,7 +81,7 @@ class TestMeasurement:
         expected = calibration_report(*tiny.probabilities(model, tiny.token_dataset(61, seed=1)), 5)
         found = calibrate(model, bert_loader(), AdaFocalLoss(num_bins=5)).metrics
         assert found == pytest.approx({name: expected[name] for name in found}, rel=1e-5)
-        assert set(found) == {"accuracy", "nll", "ece", "ada_ece"}
+        assert set(found) == {"accuracy", "nll", "brier", "ece", "ada_ece"}
 
     def test_the_table_follows_the_rule_of_the_paper(self):
         model, loss = tiny.bert(), AdaFocalLoss(num_bins=1)
@@ -240,9 +240,9 @@ class TestErrors:
             ([(torch.randn(4, 3), torch.full((4,), -100))], r"Every label of the calibration set is ignored \(-100\)"),
             (
                 [(torch.tensor([[0.0, 1.0], [0.0, np.nan]]), torch.tensor([0, 0]))],
-                "logits of 1 of 2 .* NaN or infinite",
+                "1 of 2 samples of the calibration set have logits that are NaN or infinite",
             ),
-            ([(torch.tensor([[0.0, np.inf]]), torch.tensor([1]))], "logits of 1 of 1 .* lower the learning rate"),
+            ([(torch.tensor([[0.0, np.inf]]), torch.tensor([1]))], "1 of 1 samples .* Check the learning rate"),
             ([{"logits": torch.zeros(1, 2), "label": torch.zeros(1)}], r"dict with `labels` .* \['label', 'logits'\]"),
             ([torch.zeros(1, 2)], "found Tensor"),
             ([(torch.zeros(4, 3), torch.zeros(3, dtype=torch.long))], r"found \(4, 3\) and \(3,\)"),

@@ -34,14 +34,6 @@ def frozen_imports():
     gc.unfreeze()
 
 
-def outcome(run) -> dict:
-    if hasattr(run.loss, "edges"):
-        return run_tiny.outcome(run)
-    run.loss.gammas = run.loss.edges = torch.zeros(1)
-    run.state.stateful_callbacks["adafocal"] = None
-    return run_tiny.outcome(run)
-
-
 def checkpoints(folder) -> list[str]:
     return [str(path) for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))]
 
@@ -70,12 +62,12 @@ class TestOneProcess:
         settings = {**STRATEGIES[strategy], "restore_callback_states_from_checkpoint": restore}
         whole = run_tiny.build(tmp_path / "run", **settings)
         whole.train()
-        expected, stops = outcome(whole), checkpoints(tmp_path / "run")
+        expected, stops = run_tiny.outcome(whole), checkpoints(tmp_path / "run")
         assert len(stops) >= 2
         for stop in stops:
             run = run_tiny.build(tmp_path / "again", seed_of_weights=9, **settings)
             run.train(resume_from_checkpoint=stop)
-            assert outcome(run) == expected, stop
+            assert run_tiny.outcome(run) == expected, stop
 
     def test_the_runs_compared_differ_in_every_part_where_the_data_order_differs(self, tmp_path):
         first, second = (run_tiny.build(tmp_path, save_strategy="no", data_seed=seed) for seed in (1, 2))
@@ -124,7 +116,7 @@ class TestOneProcess:
         run_tiny.build(tmp_path, eval_strategy="epoch", save_steps=6).train()
         states = [read_state(tmp_path / f"checkpoint-{step}") for step in (6, 12, 18)]
         assert [state["stateful_callbacks"]["adafocal"]["updates"] for state in states] == [1, 2, 3]
-        assert all("gamma_00" in state["log_history"][-1] for state in states)
+        assert all("gamma_mean" in state["log_history"][-1] for state in states)
 
 
 class TestTwoProcesses:
@@ -176,7 +168,7 @@ class TestBestModel:
         caplog.set_level("INFO", logger="hf_adafocal")
         run = self.run(tmp_path)
         updates = run.state.best_global_step // 2
-        assert f"AdaFocal's table after {updates} updates from the best checkpoint, {tmp_path}" in caplog.text
+        assert f"the loss's table after {updates} updates from the best checkpoint, {tmp_path}" in caplog.text
 
     def test_without_it_the_table_is_the_last_one(self, tmp_path):
         run = self.run(tmp_path, load_best_model_at_end=False)
@@ -186,17 +178,17 @@ class TestBestModel:
 
 # What a hand, a full disk or another run can leave, and how the error names it.
 DAMAGES = {
-    "a gamma is missing": (lambda table: table["gammas"].pop(), r"adafocal\.gammas in .* must be 5 finite numbers"),
-    "an edge too many": (lambda table: table["edges"].append(1.0), r"adafocal\.edges in .* must be 6 finite numbers"),
-    "gamma is NaN": (lambda table: table["gammas"].__setitem__(2, math.nan), r"adafocal\.gammas in .* finite.*nan"),
+    "a gamma is missing": (lambda table: table["gammas"].pop(), r"does not fit this run's loss: gammas must be finite numbers of shape \(5,\)"),
+    "an edge too many": (lambda table: table["edges"].append(1.0), r"loss: edges must be finite numbers of shape \(6,\)"),
+    "gamma is NaN": (lambda table: table["gammas"].__setitem__(2, math.nan), r"loss: gammas must be finite numbers.*nan"),
     "gamma is infinite": (
         lambda table: table["gammas"].__setitem__(2, math.inf),
-        r"adafocal\.gammas in .*finite.*inf",
+        r"loss: gammas must be finite numbers.*inf",
     ),
-    "gamma is a text": (lambda table: table["gammas"].__setitem__(2, "1.0"), r"adafocal\.gammas in .* finite"),
-    "gammas are one number": (lambda table: table.update(gammas=1.0), r"adafocal\.gammas in .* must be 5"),
-    "edges descend": (lambda table: table["edges"].reverse(), r"adafocal\.edges in .* must ascend"),
-    "an edge is NaN": (lambda table: table["edges"].__setitem__(1, math.nan), r"adafocal\.edges in .* finite.*nan"),
+    "gamma is a text": (lambda table: table["gammas"].__setitem__(2, "1.0"), r"loss: gammas must be finite numbers"),
+    "gammas are one number": (lambda table: table.update(gammas=1.0), r"loss: gammas must be finite numbers of shape \(5,\), found 1.0"),
+    "edges descend": (lambda table: table["edges"].reverse(), r"loss: edges must ascend"),
+    "an edge is NaN": (lambda table: table["edges"].__setitem__(1, math.nan), r"loss: edges must be finite numbers.*nan"),
     "updates are negative": (lambda table: table.update(updates=-1), r"adafocal\.updates in .* whole number .*-1"),
     "updates are a fraction": (
         lambda table: table.update(updates=1.5),
@@ -204,6 +196,12 @@ DAMAGES = {
     ),
     "updates are a truth value": (lambda table: table.update(updates=True), r"adafocal\.updates in .* whole number"),
     "a field is missing": (lambda table: table.pop("edges"), r"adafocal in .* lacks \['edges'\]"),
+    "the history is missing": (lambda table: table.pop("history"), r"adafocal in .* lacks \['history'\]"),
+    "the history is no list": (lambda table: table.update(history="all"), r"adafocal\.history in .* must be a list"),
+    "an update has no step": (
+        lambda table: table["history"][-1].pop("step"),
+        r"adafocal\.history in .* must be a list of updates",
+    ),
 }
 
 
@@ -242,7 +240,7 @@ class TestDamagedState:
 
     def test_another_number_of_bins_is_an_error_that_names_file_and_field(self, tmp_path, saved_run):
         checkpoint = shutil.copytree(saved_run, tmp_path / "checkpoint-6")
-        self.refused(checkpoint, r"adafocal\.edges in .* must be 8 finite numbers for 7 bins", num_bins=7)
+        self.refused(checkpoint, r"loss: edges must be finite numbers of shape \(8,\)", num_bins=7)
 
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
     def test_a_truncated_file_is_an_error_that_names_it(self, tmp_path, saved_run, share):
@@ -274,7 +272,7 @@ class TestDamagedState:
 class TestCommandLine:
     QUICK = (
         *("--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "2", "--max_train_samples", "160"),
-        *("--random_shift", "0", "--save_strategy", "epoch", "--update_rule", "paper"),
+        *("--random_shift", "0", "--save_strategy", "epoch"),
     )
 
     @pytest.fixture

@@ -1,4 +1,4 @@
-"""The temperature rule in training: what it looks at, what it moves, and that training does not notice the look."""
+"""Adaptive label smoothing in training: what moves epsilon, and that training does not notice the measurement."""
 
 import copy
 import json
@@ -25,19 +25,22 @@ from transformers import (
     TrainingArguments,
 )
 
-from hf_adafocal import AdaFocalLoss, AdaFocalTrainer
-from hf_adafocal.losses import AdaptiveLabelSmoothingLoss, ClasswiseAdaFocalLoss
+from hf_adafocal import AdaFocalTrainer
+from hf_adafocal.losses import AdaptiveLabelSmoothingLoss
 from hf_adafocal.losses.batch_loss import CombinedLoss
-from hf_adafocal.training.callbacks import AdaFocalCallback, TemperatureCallback
+from hf_adafocal.training.callbacks import SmoothingCallback
 
-ADAFOCAL, SMOOTHING = "adafocal", "adaptive_label_smoothing"
-OURS = {"loss": SMOOTHING, "update_rule": None, "eval_strategy": "no"}
+SMOOTHING = "adaptive_label_smoothing"
+OURS = {"loss": SMOOTHING, "eval_strategy": "no"}
 STEPS = [3, 5, 7, 9, 11]  # of 12, from the first on
 
 
 def build(folder, model=None, **settings) -> AdaFocalTrainer:
     """12 steps and 5 updates, each on 16 of 60 samples, so that the fourth slice begins the permutation anew."""
-    return tiny.trainer(folder, model, **{**OURS, "calibration_steps": 2, "calibration_samples": 16, **settings})
+    settings = {**OURS, **settings}
+    if SMOOTHING in (settings["loss"], settings.get("auxiliary_base")):
+        settings = {"calibration_steps": 2, "calibration_samples": 16, **settings}
+    return tiny.trainer(folder, model, **settings)
 
 
 def trained(folder, model=None, **settings) -> AdaFocalTrainer:
@@ -52,10 +55,6 @@ def updates(run) -> list[dict]:
 
 def trajectory(run) -> list[tuple[float, float]]:
     return [(entry["smoothing"], entry["slice_temperature"]) for entry in updates(run)]
-
-
-def steering(run) -> TemperatureCallback:
-    return next(found for found in run.callback_handler.callbacks if isinstance(found, TemperatureCallback))
 
 
 def same_bits(one: nn.Module, other: nn.Module) -> bool:
@@ -137,7 +136,7 @@ class TestTrainingDoesNotNotice:
 
         looked = run(steering_gain=0.0)
         assert [entry["step"] for entry in updates(looked)] == STEPS and looked.loss.smoothing == 0
-        assert same_bits(looked.model, run(loss="cross_entropy", update_rule=None).model)
+        assert same_bits(looked.model, run(loss="cross_entropy").model)
         never = run(calibration_steps=1000)
         assert updates(never) == [] and same_bits(looked.model, never.model)
         assert not same_bits(looked.model, run().model)  # with the gain it is another run
@@ -163,7 +162,8 @@ class TestTrainingDoesNotNotice:
         run.train()
         assert before.seen == after.seen and len(after.seen) == 12
         assert [after.seen[2][name] for name in ("", "norm", "frozen", "head.0")] == [True, False, False, True]
-        assert looks.count({False}) == 5 and looks.count({True}) == 12  # the looks, of one batch each; the steps
+        # Measurements of one batch each and the comparison with the model's own loss; the steps.
+        assert looks.count({False}) == 5 + 1 and looks.count({True}) == 12
 
 
 class Weights(TrainerCallback):
@@ -272,7 +272,7 @@ class TestRecord:
 
     def test_the_training_loss_of_those_steps_is_logged_as_ever(self, tmp_path):
         run = trained(tmp_path, steering_gain=0.0)
-        plain = trained(tmp_path, loss="cross_entropy", update_rule=None)
+        plain = trained(tmp_path, loss="cross_entropy")
         losses = [[entry["loss"] for entry in found.state.log_history if "loss" in entry] for found in (run, plain)]
         assert losses[0] == losses[1] and len(losses[0]) == 12
 
@@ -283,7 +283,7 @@ def state_of(checkpoint) -> dict:
 
 class TestLabelSmoothing:
     def smoothed(self, folder, **settings):
-        return build(folder, loss="adaptive_label_smoothing", save_strategy="steps", save_steps=6, **settings)
+        return build(folder, save_strategy="steps", save_steps=6, **settings)
 
     def test_eps_moves_by_its_own_gain_and_is_logged_and_saved(self, tmp_path):
         run = self.smoothed(tmp_path, learning_rate=2e-2)
@@ -294,18 +294,22 @@ class TestLabelSmoothing:
             eps = min(max(eps + 2.0 / 2 * share / 15 * math.log(entry["slice_temperature"]), -0.1), 0.5)
             assert entry["smoothing"] == pytest.approx(eps, abs=1e-6)
         saved = state_of(tmp_path / "checkpoint-12")["stateful_callbacks"]["adafocal"]
-        assert saved == {"smoothing": run.loss.smoothing.item(), "updates": 5} and saved["smoothing"] != 0
+        assert (saved["smoothing"], saved["updates"]) == (run.loss.smoothing.item(), 5) and saved["smoothing"] != 0
+        assert saved["history"] == [
+            {"step": 0, "smoothing": 0.0},
+            *({"step": entry["step"], "smoothing": entry["smoothing"]} for entry in logged),
+        ]
 
     @pytest.mark.parametrize(("score", "limit"), [(20.0, -0.1), (-20.0, 0.5)])
     def test_at_a_limit_it_stays_and_is_restored_to_the_bit(self, tmp_path, score, limit):
         runs = [self.smoothed(tmp_path, steering_gain=100.0) for _ in range(2)]
         for run in runs:
-            steering(run).measure = lambda indices: torch.tensor([score, 1.0, 16.0])
+            run.adaptive_callback.measure = lambda indices: torch.tensor([score, 1.0, 16.0])
         runs[0].train()
         limit = np.float32(limit).item()  # -0.1 is below -0.1 there
         assert [entry["smoothing"] for entry in updates(runs[0])] == [limit] * 5
         saved = state_of(tmp_path / "checkpoint-6")["stateful_callbacks"]["adafocal"]
-        assert saved == {"smoothing": limit, "updates": 2}
+        assert (saved["smoothing"], saved["updates"]) == (limit, 2)
         runs[1].train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
         assert runs[1].loss.smoothing.item() == limit and same_bits(runs[0].model, runs[1].model)
 
@@ -313,14 +317,8 @@ class TestLabelSmoothing:
     def test_what_no_run_writes_is_not_restored(self, tmp_path, damage):
         run = self.smoothed(tmp_path)
         with pytest.raises(ValueError, match="adafocal in there does not fit this run's loss"):
-            steering(run).check_table({"smoothing": damage, "updates": 1}, "there")
+            run.adaptive_callback.check_saved({"smoothing": damage, "updates": 1, "history": []}, "there")
         assert run.loss.smoothing.item() == 0
-
-    def test_without_gain_it_is_cross_entropy_to_the_bit(self, tmp_path):
-        run = self.smoothed(tmp_path, steering_gain=0.0)
-        run.train()
-        assert same_bits(run.model, trained(tmp_path, loss="cross_entropy").model)
-        assert run.loss.smoothing.item() == 0 and len(updates(run)) == 5
 
 
 RESUMED = {
@@ -340,7 +338,7 @@ class TestResume:
         for step in (5, 10, 15):
             run = run_tiny.build(tmp_path / "again", seed_of_weights=9, **settings)
             run.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
-            assert outcome(run) == outcome(whole), step
+            assert run_tiny.outcome(run) == run_tiny.outcome(whole), step
 
     def test_the_best_checkpoint_brings_its_smoothing_back(self, tmp_path):
         best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_ece", "greater_is_better": True}
@@ -368,17 +366,12 @@ class TestResume:
         assert same_bits(run.model, before)
 
     def test_a_checkpoint_of_cross_entropy_starts_afresh_and_says_so(self, tmp_path, warnings):
-        trained(tmp_path, loss="cross_entropy", update_rule=None, save_strategy="epoch")
+        trained(tmp_path, loss="cross_entropy", save_strategy="epoch")
         run = build(tmp_path)
         run.loss.steer(0.3)
         run.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6"))
         assert "fresh start: {'smoothing': 0.0}" in warnings.text
         assert [entry["step"] for entry in updates(run)] == [7, 9, 11]
-
-
-def outcome(run) -> dict:
-    eps, run.loss.gammas, run.loss.edges = run.loss.smoothing.item(), torch.zeros(1), torch.zeros(1)
-    return {**run_tiny.outcome(run), "smoothing": eps}
 
 
 def steered(folder, batch_size: int, samples: int) -> None:
@@ -483,8 +476,8 @@ class TestGuards:
     @pytest.mark.parametrize(("size", "samples"), [(60, 1000), (60, None), (7, None), (7, 16), (1, 5)])
     def test_a_slice_is_at_most_the_calibration_set(self, tmp_path, size, samples):
         run, seen = build(tmp_path, eval_dataset=tiny.token_dataset(size, seed=1), calibration_samples=samples), []
-        measure = steering(run).measure
-        steering(run).measure = lambda indices: seen.append(sorted(indices)) or measure(indices)
+        measure = run.adaptive_callback.measure
+        run.adaptive_callback.measure = lambda indices: seen.append(sorted(indices)) or measure(indices)
         run.train()
         assert seen == [list(range(size))] * 5 and abs(run.loss.smoothing.item()) > 0
 
@@ -541,18 +534,17 @@ class Swapping(torch.optim.SGD):
         return super().step(*args, **kwargs)
 
 
-def test_an_optimizer_with_weights_for_evaluation_shows_those(tmp_path, monkeypatch):
+def test_an_optimizer_with_weights_for_evaluation_shows_those(tmp_path):
     model = tiny.bert()
     optimizer = Swapping(model.parameters(), lr=0.1)
     args = tiny.arguments(tmp_path, **OURS, calibration_steps=2, calibration_samples=16)
     optimizers = (optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer))
     run = AdaFocalTrainer(model, args, train_dataset=tiny.token_dataset(48), eval_dataset=DATA, optimizers=optimizers)
-    modes, compute_loss = [], run.compute_loss
-    monkeypatch.setattr(
-        run, "compute_loss", lambda *args, **kwargs: modes.append(optimizer.mode) or compute_loss(*args, **kwargs)
-    )
+    modes = []
+    model.register_forward_hook(lambda module, *_: modes.append((optimizer.mode, module.training)))
     run.train()
-    assert modes.count("eval") == 5 and modes.count("train") == 12 and optimizer.stepped_in == {"train"}
+    assert modes.count(("eval", False)) == 5 and modes.count(("train", True)) == 12
+    assert optimizer.stepped_in == {"train"}
 
 
 class Rows(torch.utils.data.Dataset):
@@ -590,7 +582,7 @@ class TestCalibrationData:
         return trajectory(trained(tmp_path_factory.mktemp("run"), eval_dataset=DATA))
 
     @pytest.mark.parametrize("way", WAYS)
-    def test_however_it_comes_gamma_moves_alike(self, tmp_path, expected, way):
+    def test_however_it_comes_the_smoothing_moves_alike(self, tmp_path, expected, way):
         found = trajectory(trained(tmp_path, split_overlap="skip", **WAYS[way]))
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-4)
 
@@ -619,8 +611,8 @@ class TestCalibrationData:
     def test_a_part_carved_from_train_drives_the_smoothing(self, tmp_path):
         settings = {"train_dataset": tiny.token_dataset(64), "calibration_fraction": 0.25}
         run = build(tmp_path, eval_dataset=None, calibration_samples=None, **settings)
-        seen, measure = [], steering(run).measure
-        steering(run).measure = lambda indices: seen.extend(indices) or measure(indices)
+        seen, measure = [], run.adaptive_callback.measure
+        run.adaptive_callback.measure = lambda indices: seen.extend(indices) or measure(indices)
         run.train()
         assert sorted(set(seen)) == list(range(16)) and len(run.calibration_dataset) == 16
         assert len(updates(run)) == 5 and run.loss.smoothing.item() != 0
@@ -630,89 +622,21 @@ class TestCalibrationData:
         with pytest.raises(ValueError, match="this one is a stream"):
             build(tmp_path, eval_dataset=streamed, split_overlap="skip")
 
-    @pytest.mark.parametrize("sized", [False, True])
-    def test_with_a_stream_and_no_loss_named_it_is_adafocal_by_the_papers_rule_and_says_so(
-        self, tmp_path, sized, warnings
-    ):
-        class Stream(torch.utils.data.IterableDataset):
-            def __iter__(self):
-                return iter(DATA)
 
-        if sized:
-            Stream.__len__ = lambda self: 60
-        run = build(tmp_path, loss=None, eval_dataset=Stream(), eval_strategy="epoch", split_overlap="skip")
-        assert (
-            warnings.text.count("No loss was named, so training takes 'adafocal': AdaFocal by its paper's rule") == 1
-        )
-        run.train()
-        assert run.loss.num_bins == 5 and run.loss.gammas.ne(1).all()
-        assert [entry["step"] for entry in run.state.log_history if "gamma_04" in entry] == [6, 12]
-
-
-class TestChoice:
-    def moving(self, run):
-        return [type(found) for found in run.callback_handler.callbacks if hasattr(found, "note_update")]
-
-    def test_with_nothing_said_a_smoothing_moves_by_the_temperature_and_one_line_says_so(self, tmp_path, warnings):
-        run = build(tmp_path, loss=None)
-        assert self.moving(run) == [TemperatureCallback] and run.update_rule == "temperature"
-        assert isinstance(run.loss, AdaptiveLabelSmoothingLoss) and run.loss.smoothing == 0
-        assert warnings.text.count("No loss was named, so training takes 'adaptive_label_smoothing'") == 1
-        run.train()
-        assert len(updates(run)) == 5 and run.loss.smoothing != 0
-
-    def test_to_evaluate_no_loss_need_be_named(self, tmp_path, warnings):
-        AdaFocalTrainer(tiny.bert(), tiny.arguments(tmp_path, update_rule=None), eval_dataset=DATA).evaluate()
-        assert "No loss was named" not in warnings.text
-
-    @pytest.mark.parametrize("loss", ["adafocal", "ada_dual_focal"])
-    def test_a_loss_that_is_named_is_the_papers_in_silence(self, tmp_path, loss, warnings):
-        run = build(tmp_path, loss=loss, update_rule=None, eval_strategy="epoch")
-        assert self.moving(run) == [AdaFocalCallback] and run.loss.gammas.tolist() == [1] * 5
-        assert "No loss was named" not in warnings.text
-
-    def test_the_paper_named_with_a_stream_is_taken_in_silence(self, tmp_path, warnings):
-        streamed = IterableDataset.from_generator(lambda: iter(DATA))
-        settings = {"eval_dataset": streamed, "eval_strategy": "epoch", "split_overlap": "skip"}
-        assert build(tmp_path, loss=None, update_rule="paper", **settings).update_rule == "paper"
-        assert build(tmp_path, update_rule=None, loss=AdaFocalLoss(num_bins=5), **settings).update_rule == "paper"
-        assert "update_rule" not in warnings.text
-
-    def test_plain_training_arguments_keep_the_papers(self, tmp_path, warnings):
-        args = TrainingArguments(str(tmp_path), eval_strategy="epoch", use_cpu=True)
-        run = tiny.trainer(tmp_path, args=args)
-        assert self.moving(run) == [AdaFocalCallback] and run.loss.num_bins == 15
-        assert "update_rule" not in warnings.text
-
+class TestModules:
     @pytest.mark.parametrize("plain", [False, True], ids=["our arguments", "plain ones"])
-    def test_a_smoothing_of_the_users_moves_by_the_temperature(self, tmp_path, plain):
+    def test_a_smoothing_of_the_users_moves_from_where_it_is(self, tmp_path, plain):
         args = TrainingArguments(str(tmp_path), num_train_epochs=10, use_cpu=True) if plain else None
-        run = tiny.trainer(tmp_path, args=args, loss=AdaptiveLabelSmoothingLoss(0.1), update_rule=None)
-        assert self.moving(run) == [TemperatureCallback] and run.update_rule == "temperature"
+        run = tiny.trainer(tmp_path, args=args, loss=AdaptiveLabelSmoothingLoss(0.1))
+        assert type(run.adaptive_callback) is SmoothingCallback
         run.train()
         assert len(updates(run)) == 1 and run.loss.smoothing.item() != np.float32(0.1)
+        assert run.adaptive_callback.history[0] == {"step": 0, "smoothing": np.float32(0.1).item()}
 
     def test_the_base_of_a_combined_loss_moves_alike(self, tmp_path):
-        run = trained(tmp_path, loss="mmce", auxiliary_base="adaptive_label_smoothing")
+        run = trained(tmp_path, loss="mmce", auxiliary_base=SMOOTHING)
         assert isinstance(run.loss, CombinedLoss)
         assert len(updates(run)) == 5 and run.loss.base.smoothing.item() == updates(run)[-1]["smoothing"] != 0
-
-    def test_tables_of_classes_move_by_the_papers_alone(self, tmp_path, warnings):
-        run = build(tmp_path, loss="classwise_adafocal", update_rule=None, eval_strategy="epoch")
-        assert self.moving(run) == [AdaFocalCallback] and run.loss.num_bins == 5
-        assert "update_rule" not in warnings.text
-        for name in ("classwise_adafocal", "adafocal", "ada_dual_focal"):
-            with pytest.raises(ValueError, match=f"{name} moves by the paper rule alone"):
-                build(tmp_path, loss=name, update_rule="temperature")
-        args = tiny.arguments(tmp_path, update_rule="temperature", loss="adaptive_label_smoothing")
-        with pytest.raises(ValueError, match="ClasswiseAdaFocalLoss moves by the paper rule alone"):
-            tiny.trainer(tmp_path, args=args, loss=ClasswiseAdaFocalLoss())
-
-    def test_a_smoothing_does_not_move_by_the_papers(self, tmp_path):
-        with pytest.raises(ValueError, match="adaptive_label_smoothing moves by the temperature rule alone"):
-            build(tmp_path, loss="adaptive_label_smoothing", update_rule="paper")
-        with pytest.raises(ValueError, match="AdaptiveLabelSmoothingLoss moves by the temperature rule alone"):
-            build(tmp_path, loss=AdaptiveLabelSmoothingLoss(), update_rule="paper")
 
 
 class TestHyperparameterSearch:
