@@ -122,8 +122,8 @@ def chosen(epochs: list[dict], choice: str) -> dict:
 def table(folder: Path, settings: list[str], losses: list[str], seeds: list[int]) -> str:
     """Means over seeds on the test split; differences from the choice by NLL are paired by seed."""
     lines = [
-        "| setting | loss | seeds | kept by | epoch | accuracy % | NLL, T folded | ECE %, T folded | ECE % as trained | "
-        "accuracy - by NLL |",
+        "| setting | loss | seeds | kept by | epoch | accuracy % | NLL, T folded | ECE %, T folded | "
+        "ECE % as trained | accuracy - by NLL |",
         "| --- " * 10 + "|",
     ]
     for setting in settings:

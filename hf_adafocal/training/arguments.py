@@ -185,7 +185,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
             ValueError: If a setting of the loss is out of range.
         """
         settings = self.loss_settings
-        common = {"ignore_index": ignore_index, **({} if weight is None else {"weight": weight})}
+        common: dict[str, Any] = {"ignore_index": ignore_index, **({} if weight is None else {"weight": weight})}
         if "base" in settings:
             return build_loss(self.loss, **{**settings, "base": {**settings["base"], **common}})
         return build_loss(self.loss, **settings, **common)
@@ -264,7 +264,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
 def _default_of(loss: str, keyword: str) -> Any:
     """Default of a keyword in the constructors of a loss, the nearest one in its class hierarchy."""
     for kind in PER_SAMPLE_LOSSES[loss].__mro__:
-        parameter = inspect.signature(kind.__init__).parameters.get(keyword)
+        parameter = inspect.signature(kind).parameters.get(keyword)
         if parameter is not None:
             return parameter.default
     raise LookupError(f"{loss} has no argument {keyword}")  # a mistake in LOSS_ARGUMENTS

@@ -43,7 +43,7 @@ def check_before_training(trainer: "AdaFocalTrainer") -> None:
         batch = next(iter(trainer.get_eval_dataloader(trainer.calibration_dataset)))
         inputs = trainer.conventions.inputs(trainer._prepare_inputs(batch))
         try:
-            check_foldable(trainer.model, inputs)
+            check_foldable(trainer.network, inputs)
         except (TypeError, ValueError) as error:
             raise ValueError(
                 f"calibrate_at_end=True folds a temperature into the model's last layer, and this model's cannot hold "
@@ -57,7 +57,7 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
     Every process fits the same numbers on the same gathered logits.
     """
     scaling = _fit(trainer)
-    temperature = 1 / float(scaling.scale)  # type: ignore[arg-type]
+    temperature = 1 / float(scaling.scale)
     samples = f"{scaling.num_samples:,} calibration samples"
     if not scaling.is_supported(CONFIDENCE):
         folded = False
@@ -67,7 +67,7 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
         )
     else:
         folded = True
-        fold_scaling(trainer.model, scaling)
+        fold_scaling(trainer.network, scaling)
         reason = (
             f"A temperature of {temperature:.3g}, fitted on {samples} (likelihood-ratio test at {CONFIDENCE:.0%}), "
             "was folded into the model's last layer."
@@ -80,7 +80,7 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
 def _fit(trainer: "AdaFocalTrainer") -> Scaling:
     metrics, kept = trainer.measure(trainer.calibration_dataset, PREFIX)
     if kept is not None:
-        return fit_temperature_scaling(*kept)  # type: ignore[arg-type]
+        return fit_temperature_scaling(*kept)
     # Too many logits to keep: the best temperature of the sums on the grid.
     samples = len(trainer.recorder.samples[PREFIX])
     return Scaling(1 / metrics["temperature"], 0.0, metrics["nll"], metrics["refinement"], samples)

@@ -13,7 +13,8 @@ from transformers import TrainerCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
-from hf_adafocal.training.checkpoints import STATE_FILE, read_state
+from hf_adafocal.checkpoint_files import STATE_FILE
+from hf_adafocal.training.checkpoints import read_state
 from hf_adafocal.training.smoothing_control import Schedule, gain_of_update, log_temperature, schedule
 
 logger = logging.get_logger(__name__)
@@ -143,9 +144,7 @@ class AdaptiveStateCallback(SaveAfterEvaluation):
         self._trace(state)
         self._export(state)
         if self.log is not None:
-            gammas = self.loss.table().get("gammas", ())
-            of_bins = {f"gamma_{index:02d}": gamma for index, gamma in enumerate(gammas)}
-            self.log({**(of_bins or self.loss.readings()), **readings})
+            self.log({**self.loss.readings(), **readings})
 
     def _trace(self, state) -> None:
         table = self.loss.table()

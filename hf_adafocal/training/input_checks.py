@@ -75,7 +75,7 @@ def check_label_column(name: str, dataset: Any, model: Any = None) -> None:
     if not hasattr(dataset, "features") or not dataset.features or form.get("type") == "custom":
         return
     column = label_column(dataset)
-    feature = None if column is None else dataset.features[column]
+    feature: Any = None if column is None else dataset.features[column]
     several = hasattr(feature, "feature")
     while hasattr(feature, "feature"):
         feature = feature.feature

@@ -117,7 +117,7 @@ def _generators(dataloader: Any) -> list[torch.Generator]:
 def _sampler(dataloader: Any) -> Any:
     """What orders the samples, beneath accelerate's wrappers; None if there is no such thing."""
     owner = getattr(dataloader, "batch_sampler", None)
-    while hasattr(owner, "batch_sampler"):
+    while owner is not None and hasattr(owner, "batch_sampler"):
         owner = owner.batch_sampler
     return getattr(owner, "sampler", None)
 

@@ -38,7 +38,7 @@ class ModelConventions:
     @classmethod
     def of(cls, model: Any) -> "ModelConventions":
         """Read the conventions of a model, beneath a PEFT wrapper too; a plain module follows none."""
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = base_model(model)
         config = getattr(model, "config", None)
         causal = LOSS_MAPPING.get(getattr(model, "loss_type", None)) is ForCausalLMLoss  # type: ignore[arg-type]
         causal = causal or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
@@ -64,6 +64,11 @@ class ModelConventions:
         if not self.shifts_labels:
             return batch["labels"]
         return F.pad(batch["labels"], (0, 1), value=ignore_index)[..., 1:]
+
+
+def base_model(model: Any) -> Any:
+    """The model beneath a PEFT wrapper; any other model as it is."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def logits_of(outputs: Any, model_name: str) -> Tensor:
@@ -108,7 +113,7 @@ class FurtherTerms:
             targets: Labels in the places of the logits that predict them.
         """
         self.looked = True
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath a PEFT wrapper
+        inner = base_model(model)
         if "labels" not in inspect.signature(inner.forward).parameters:
             return
         with torch.no_grad(), evaluating(model), random_state_kept():  # without dropout the two can be compared

@@ -16,7 +16,7 @@ from hf_adafocal.data.columns import label_column
 from hf_adafocal.data.holdout import hold_out
 from hf_adafocal.data.overlap import SplitCheck, drop_overlap
 from hf_adafocal.losses.adafocal import AdaFocalLoss
-from hf_adafocal.losses.base import AdaptiveLoss
+from hf_adafocal.losses.base import AdaptiveLoss, ClassificationLoss
 from hf_adafocal.preserved_state import random_state_kept
 from hf_adafocal.training.arguments import DEFAULT_BINS, AdaFocalTrainingArguments
 from hf_adafocal.training.input_checks import SAMPLES_PER_BIN
@@ -64,7 +64,7 @@ class RunPlan:
     @property
     def adaptive(self) -> AdaptiveLoss | None:
         """The part of the loss that follows the calibration set; None if nothing does."""
-        return getattr(self.loss, "adaptive", None)
+        return adaptive_part(self.loss)
 
     @property
     def needs_calibration(self) -> bool:
@@ -74,10 +74,7 @@ class RunPlan:
     @property
     def calibration_prefix(self) -> str | None:
         """The prefix under which the Trainer evaluates the calibration set anyway; None if it does not."""
-        if isinstance(self.eval_dataset, Mapping):
-            names = (name for name, entry in self.eval_dataset.items() if entry is self.calibration_dataset)
-            return next((f"eval_{name}" for name in names), None)
-        return "eval" if self.eval_dataset is self.calibration_dataset else None
+        return evaluated_as(self.calibration_dataset, self.eval_dataset)
 
     @property
     def first_prefix(self) -> str:
@@ -105,6 +102,18 @@ class RunPlan:
             held_out["test"] = self.eval_dataset["test"]
         kept, check = drop_overlap(train_dataset, held_out, self.split_overlap, **content)
         return replace(self, train_dataset=kept, split_check=check)
+
+
+def evaluated_as(calibration_dataset: Any, eval_dataset: Any) -> str | None:
+    """The prefix under which a Trainer evaluates the calibration set by itself; None if it does not."""
+    if isinstance(eval_dataset, Mapping):
+        return next((f"eval_{name}" for name, entry in eval_dataset.items() if entry is calibration_dataset), None)
+    return "eval" if eval_dataset is calibration_dataset else None
+
+
+def adaptive_part(loss: nn.Module) -> AdaptiveLoss | None:
+    """The part of a loss that follows held-out data; None if nothing does, or the loss is not of this package."""
+    return loss.adaptive if isinstance(loss, ClassificationLoss) else None
 
 
 def resolve_plan(

@@ -3,9 +3,11 @@
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_adafocal.training.model_conventions import ModelConventions
@@ -34,6 +36,18 @@ class RecordingTrainer(ResumableTrainer):
     calibration_dataset: Any
     batch_recorded = False
 
+    @property
+    def network(self) -> nn.Module:
+        """The model, without what accelerate wraps around it."""
+        if self.model is None:
+            raise RuntimeError("The trainer has no model yet: `model_init` makes it when training begins.")
+        return self.model
+
+    @property
+    def folder(self) -> Path:
+        """`output_dir` of the arguments."""
+        return Path(self.args.output_dir or ".")
+
     def begin_recording(self, num_bins: int, histogram: bool | None, ignore_index: int) -> None:
         """Make the recorder of this trainer's evaluations; arguments are those of `EvaluationRecorder`."""
         self.ignore_index = ignore_index
@@ -46,9 +60,9 @@ class RecordingTrainer(ResumableTrainer):
         labels = inputs.get("labels")
         targets = None if labels is None else self.conventions.targets(inputs, self.ignore_index)
         self.batch_recorded = False
-        needed = targets is not None and self.recorder.active
+        needed = self.recorder.active and targets is not None
         loss, logits, labels = super().prediction_step(model, inputs, prediction_loss_only and not needed, ignore_keys)
-        if needed and not self.batch_recorded and logits is not None:
+        if needed and targets is not None and not self.batch_recorded and logits is not None:
             first = logits[0] if isinstance(logits, tuple | list) else logits
             self.recorder.observe(first, targets.to(first.device))
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
@@ -57,7 +71,7 @@ class RecordingTrainer(ResumableTrainer):
         """As `Trainer.evaluate`; the loss heeds evaluations of the trainer's own data sets alone."""
         outer = self.evaluated_dataset
         self.evaluated_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
-        if isinstance(self.evaluated_dataset, str):  # the name of an entry
+        if isinstance(self.evaluated_dataset, str) and isinstance(self.eval_dataset, dict):  # the name of an entry
             self.evaluated_dataset = self.eval_dataset[self.evaluated_dataset]
         try:
             return super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -78,7 +92,7 @@ class RecordingTrainer(ResumableTrainer):
             metrics = self.recorder.end(metric_key_prefix, getattr(self.model, "config", None))
         finally:
             self.recorder.abort()
-        if metrics is None:
+        if metrics is None or output.metrics is None:
             return output
         added = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         for name in added.keys() - output.metrics.keys():  # the user's compute_metrics goes first

@@ -5,7 +5,8 @@ from pathlib import Path
 from transformers import Trainer
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_adafocal.training.checkpoints import STATE_FILE, last_complete_checkpoint
+from hf_adafocal.checkpoint_files import STATE_FILE
+from hf_adafocal.training.checkpoints import last_complete_checkpoint
 
 
 class ResumableTrainer(Trainer):
@@ -26,7 +27,7 @@ class ResumableTrainer(Trainer):
             ValueError: If no checkpoint is complete.
         """
         if resume_from_checkpoint is True:
-            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir or ".")
             if resume_from_checkpoint is None:
                 raise ValueError(
                     f"{self.args.output_dir} holds no complete checkpoint to resume from; train without "

@@ -8,9 +8,11 @@ from transformers.utils import logging
 from hf_adafocal.data.fingerprint import Fingerprint
 from hf_adafocal.data.overlap import SplitCheck
 from hf_adafocal.losses.registry import name_of
-from hf_adafocal.report.schema import Collected, Report, build_report
+from hf_adafocal.report.files import pictures
+from hf_adafocal.report.measurement import Collected
+from hf_adafocal.report.schema import Report, build_report
 from hf_adafocal.scaling.folding import recorded_scaling
-from hf_adafocal.training.arguments import DEFAULT_BINS
+from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 from hf_adafocal.training.plan import is_stream
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def report_of(
     split, dataset = _measured_set(trainer, test_dataset)
     metrics, logits = trainer.measure(dataset, split)
     calibration = trainer.calibration_dataset
-    folded = recorded_scaling(trainer.model)
+    folded = recorded_scaling(trainer.network)
     fitted = None
     if calibration is not None and folded is None and logits is not None:
         fitted = logits if calibration is dataset else trainer.measure(calibration, "calibration")[1]
@@ -45,6 +47,24 @@ def report_of(
         facts["ood"] = (ood[0], trainer.predict(ood[1], metric_key_prefix="ood").predictions)
     known = {**_facts(trainer, split, dataset), **facts}
     return build_report(_results(trainer, split, metrics) if logits is None else logits, fitted, **known)
+
+
+def pictures_of(trainer: "AdaFocalTrainer", prefix: str) -> dict[str, Any]:
+    """Draw the reliability diagram of the last evaluation under a prefix, and gamma over the updates so far.
+
+    Returns:
+        Matplotlib figures by name; none without matplotlib, or if nothing was evaluated under that prefix.
+    """
+    plots, samples = pictures(), trainer.recorder.samples.get(prefix)
+    if plots is None or samples is None:
+        return {}
+    drawn = {"reliability": plots.reliability_diagram(samples.diagram(trainer.plan.num_bins))}
+    history = [] if trainer.adaptive_callback is None else trainer.adaptive_callback.history
+    updates = [update for update in history if "gammas" in update]
+    if updates:
+        steps, gammas = zip(*((update["step"], update["gammas"]) for update in updates), strict=True)
+        drawn["gamma"] = plots.gamma_trajectory(steps, gammas)
+    return drawn
 
 
 def _measured_set(trainer: "AdaFocalTrainer", test_dataset: Any) -> tuple[str, Any]:
@@ -84,11 +104,11 @@ def _facts(trainer: "AdaFocalTrainer", split: str, dataset: Any) -> dict[str, An
     return {
         "model": trainer.model,
         "split": split,
-        "num_bins": getattr(args, "num_bins", DEFAULT_BINS),
-        "folded": recorded_scaling(trainer.model),
+        "num_bins": plan.num_bins,
+        "folded": recorded_scaling(trainer.network),
         "loss": {
             "name": name_of(trainer.loss),
-            **(args.loss_settings if plan.from_arguments else {}),
+            **(args.loss_settings if isinstance(args, AdaFocalTrainingArguments) and plan.from_arguments else {}),
             **({"reduction": "sum"} if plan.reduction == "sum" else {}),
         },
         "adaptation": () if callback is None else callback.history,

@@ -197,8 +197,9 @@ def measure_slice(trainer: "AdaFocalTrainer", indices: np.ndarray) -> Tensor:
         pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
     )
     sums = torch.zeros(3)
-    if callable(getattr(trainer.optimizer, "eval", None)):
-        trainer.optimizer.eval()  # schedule-free ones evaluate other weights; the next training step swaps them back
+    evaluate = getattr(trainer.optimizer, "eval", None)
+    if callable(evaluate):
+        evaluate()  # schedule-free ones evaluate other weights; the next training step swaps them back
     with torch.no_grad(), evaluating(trainer.model_wrapped), random_state_kept():
         for batch in loader:
             batch = trainer._prepare_inputs(batch)

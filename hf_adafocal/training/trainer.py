@@ -7,14 +7,15 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
-from transformers.integrations import TensorBoardCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
+from hf_adafocal.checkpoint_files import STATE_FILE
 from hf_adafocal.losses.functional import cross_entropy
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.report.card import write_card
-from hf_adafocal.report.files import pictures, read_report, save_report
+from hf_adafocal.report.files import read_report, save_report
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.scaling.folding import forget_scaling, recorded_scaling
@@ -28,20 +29,22 @@ from hf_adafocal.training.callbacks import (
     SmoothingCallback,
     saved_adaptive_state,
 )
-from hf_adafocal.training.checkpoints import STATE_FILE
 from hf_adafocal.training.input_checks import check_batch, check_label_column, check_model, reject_ignored_arguments
 from hf_adafocal.training.model_conventions import FurtherTerms, ModelConventions, logits_of
 from hf_adafocal.training.plan import (
+    adaptive_part,
     build_run_loss,
     check_histogram,
+    evaluated_as,
     resolve_plan,
     warn_of_few_samples,
     with_direction_of_best_metric,
 )
 from hf_adafocal.training.recording_trainer import RecordingTrainer
-from hf_adafocal.training.run_report import report_of
+from hf_adafocal.training.run_report import pictures_of, report_of
 from hf_adafocal.training.sample_rows import classes_second, mean_nll
 from hf_adafocal.training.smoothing_control import measure_slice
+from hf_adafocal.training.step_scale import StepScale
 from hf_adafocal.training.trackers import TRACKERS, PictureCallback
 
 logger = logging.get_logger(__name__)
@@ -132,18 +135,23 @@ class AdaFocalTrainer(RecordingTrainer):
         self.loss = plan.loss.to(self.args.device)
         ignore_index = getattr(self.loss, "ignore_index", self.conventions.ignore_index)
         self.begin_recording(plan.num_bins, plan.histogram, ignore_index)
-        self._further_terms = FurtherTerms(ignore_index)
+        self._further_terms, self._step = FurtherTerms(ignore_index), StepScale(self)
         self.calibration_outcome: CalibrationOutcome | None = None
         self.add_callback(FirstStepCheck(self._check_that_the_loss_trains))
         self.adaptive_callback = self._new_adaptive_callback()
         self.add_callback(self.adaptive_callback or SaveAfterEvaluation())
-        if set(TRACKERS) & set(self.args.report_to):
-            self.add_callback(PictureCallback(self._pictures, self._tensorboard_writer))
+        if set(TRACKERS) & set(self.args.report_to or ()):
+            self.add_callback(PictureCallback(partial(pictures_of, self), self._tensorboard_writer))
 
     @property
     def calibration_dataset(self) -> Any:
         """The held-out set that moves the loss and fits the temperature; None if nothing needs one."""
         return self.plan.calibration_dataset
+
+    @property
+    def _calibration_prefix(self) -> str | None:
+        """The prefix under which the Trainer evaluates the calibration set anyway; `eval_dataset` may be replaced."""
+        return evaluated_as(self.calibration_dataset, self.eval_dataset)
 
     def _content(self) -> dict[str, Any]:
         """What makes two rows the same: the columns the model takes, without special tokens."""
@@ -180,9 +188,9 @@ class AdaFocalTrainer(RecordingTrainer):
         if self.plan.calibrate_at_end:
             check_before_training(self)
         self.batch_recorded = False
-        if recorded_scaling(self.model) is not None:
+        if recorded_scaling(self.network) is not None:
             logger.warning("The model has a scaling folded into its head; training moves on from there, unrecorded.")
-            forget_scaling(self.model)
+            forget_scaling(self.network)
         outcome = super().train(resume_from_checkpoint, *args, **kwargs)
         if self.plan.calibrate_at_end:
             self.calibration_outcome = calibrate_head(self)
@@ -212,7 +220,7 @@ class AdaFocalTrainer(RecordingTrainer):
         targets = self.conventions.targets(inputs, self.ignore_index)
         if model.training and not self._further_terms.looked and not self.is_fsdp_enabled:
             with self.compute_loss_context_manager():
-                self._further_terms.look(self.model, inputs, targets)
+                self._further_terms.look(self.network, inputs, targets)
         kept = model.training and self._further_terms.found
         outputs = model(**inputs) if kept else model(**self.conventions.inputs(inputs))
         logits = logits_of(outputs, type(self.model).__name__)
@@ -222,7 +230,7 @@ class AdaFocalTrainer(RecordingTrainer):
             loss = self._training_loss(logits, targets, num_items_in_batch)
             if kept:
                 terms = self._further_terms.of(outputs["loss"], logits, targets)
-                loss = loss + terms * self._share_of_step(targets, num_items_in_batch)
+                loss = loss + terms * self._step.share(targets, num_items_in_batch)
         else:
             loss = self._evaluation_loss(logits, targets)
         # The Trainer takes what follows the loss in a tuple, and all but `loss` of a dict.
@@ -238,48 +246,14 @@ class AdaFocalTrainer(RecordingTrainer):
         self.loss_is_scaled_for_ga = num_items_in_batch is not None
         if num_items_in_batch is None:
             return self.loss(logits, labels)
-        return self.loss(logits, labels, self._divisor(num_items_in_batch)) * self._scale
-
-    def _divisor(self, num_items_in_batch):
-        """What the summed loss of a batch is divided by."""
-        if self.plan.reduction == "sum":
-            return 1
-        if torch.is_tensor(num_items_in_batch) and num_items_in_batch.numel() > 1:  # DataParallel repeats the count
-            num_items_in_batch = num_items_in_batch.flatten()[0]
-            if not self.args.average_tokens_across_devices:
-                num_items_in_batch = num_items_in_batch * self.args.n_gpu
-        return num_items_in_batch
-
-    def _share_of_step(self, targets, num_items_in_batch):
-        """Factor that turns a mean over this batch into its share of the loss of the optimizer step."""
-        if num_items_in_batch is None:
-            return 1
-        return self._count(targets) / self._divisor(num_items_in_batch) * self._scale
-
-    @property
-    def _scale(self) -> int:
-        """Factor that undoes the mean which distributed training takes over ranks with different batches."""
-        if self.plan.reduction == "sum" or self.args.average_tokens_across_devices:
-            return self.accelerator.num_processes // self.get_tp_size()
-        return 1
+        return self.loss(logits, labels, self._step.divisor(num_items_in_batch)) * self._step.factor
 
     def _get_num_items_in_batch(self, batch_samples, device):
         """Count the labels of an optimizer step, by their class weights, for the loss of this class to divide by."""
         if self.recorder.active or not batch_samples or "labels" not in batch_samples[0]:
             return None  # an evaluation averages its own batch, and no process waits for another
-        targets = (self.conventions.targets(batch, self.ignore_index) for batch in batch_samples)
-        count = sum(self._count(labels) for labels in targets)
-        if self.args.average_tokens_across_devices and self.args.world_size > 1:
-            count = self.accelerator.gather(count.to(device)).sum()
-        count = count.to(device)
-        if self.args.n_gpu > 1:  # DataParallel splits what it is given
-            share = 1 if self.args.average_tokens_across_devices else self.args.n_gpu
-            count = (count / share).unsqueeze(0).expand(self.args.n_gpu, -1)
-        return count / (self.get_tp_size() * self.get_cp_size() * self.get_sp_size())
-
-    def _count(self, labels):
-        count = getattr(self.loss, "count", None)
-        return (labels != self.ignore_index).sum() if count is None else count(labels)
+        targets = [self.conventions.targets(batch, self.ignore_index) for batch in batch_samples]
+        return self._step.count_of_step(targets, device)
 
     def _check_that_the_loss_trains(self) -> None:
         """After the first step: raise if a subclass replaced `compute_loss`, so that the loss is not trained."""
@@ -315,7 +289,7 @@ class AdaFocalTrainer(RecordingTrainer):
             RuntimeError: If the Trainer evaluates the calibration set and has not done so yet, or if its last
                 evaluation found no labelled sample.
         """
-        if self.plan.calibration_prefix is None:
+        if self._calibration_prefix is None:
             self.evaluate(self.calibration_dataset, metric_key_prefix="eval_calibration")
         if self.recorder.calibration is None:
             raise RuntimeError(
@@ -330,7 +304,7 @@ class AdaFocalTrainer(RecordingTrainer):
     def _awaited_statistics(self) -> BinStats | None:
         """For the callback: None after the evaluation of a set that somebody handed to `evaluate`."""
         own = [self.calibration_dataset]
-        if self.plan.calibration_prefix is None:
+        if self._calibration_prefix is None:
             own += self.eval_dataset.values() if isinstance(self.eval_dataset, dict) else [self.eval_dataset]
         if not any(self.evaluated_dataset is dataset for dataset in own):
             return None
@@ -341,7 +315,7 @@ class AdaFocalTrainer(RecordingTrainer):
 
     def _evaluate_calibration(self) -> None:
         """For the callback, where the Trainer evaluates nothing by itself."""
-        prefix = self.plan.calibration_prefix or self.plan.first_prefix
+        prefix = self._calibration_prefix or self.plan.first_prefix
         self.evaluate(self.calibration_dataset, metric_key_prefix=prefix)
 
     # Report ----------------------------------------------------------------------------------------------------------
@@ -360,9 +334,9 @@ class AdaFocalTrainer(RecordingTrainer):
         Raises:
             ValueError: If there is no set to measure.
         """
-        report = report_of(self, test_dataset, **{"weights": weights_hash(self.model), **facts})
+        report = report_of(self, test_dataset, **{"weights": weights_hash(self.network), **facts})
         if self.is_world_process_zero():
-            save_report(self.args.output_dir, report)
+            save_report(self.folder, report)
         return report
 
     def create_model_card(self, *args, **kwargs) -> None:
@@ -371,28 +345,15 @@ class AdaFocalTrainer(RecordingTrainer):
         A report in the output folder that describes other weights is not shown; without one of these weights the first
         evaluation set is measured.
         """
-        folder = Path(self.args.output_dir)
-        report = read_report(folder) if self.is_world_process_zero() else None
-        current = report is not None and report.weights == weights_hash(self.model)
+        report = read_report(self.folder) if self.is_world_process_zero() else None
+        current = report is not None and report.weights == weights_hash(self.network)
         (current,) = broadcast_object_list([current])
         if not current and self.eval_dataset is not None:
             report = self.write_report()
         if not self.is_world_process_zero() or report is None:
             return
         super().create_model_card(*args, **kwargs)
-        write_card(folder, report, repo_id=self.hub_model_id)
-
-    def _pictures(self, prefix: str) -> dict[str, Any]:
-        plots, samples = pictures(), self.recorder.samples.get(prefix)
-        if plots is None or samples is None:
-            return {}
-        drawn = {"reliability": plots.reliability_diagram(samples.diagram(self.plan.num_bins))}
-        history = [] if self.adaptive_callback is None else self.adaptive_callback.history
-        updates = [update for update in history if "gammas" in update]
-        if updates:
-            steps, gammas = zip(*((update["step"], update["gammas"]) for update in updates), strict=True)
-            drawn["gamma"] = plots.gamma_trajectory(steps, gammas)
-        return drawn
+        write_card(self.folder, report, repo_id=self.hub_model_id)
 
     def _tensorboard_writer(self) -> Any:
         callbacks = self.callback_handler.callbacks
@@ -418,11 +379,11 @@ class AdaFocalTrainer(RecordingTrainer):
 
     def _hp_search_setup(self, trial):
         super()._hp_search_setup(trial)
-        if trial is None or not self.plan.from_arguments:
+        if trial is None or not isinstance(self.args, AdaFocalTrainingArguments) or not self.plan.from_arguments:
             return
         self.args.check_loss_settings()
         loss = build_run_loss(self.args, self.model, self.train_dataset)
-        old, new = self.plan.adaptive, loss.adaptive
+        old, new = self.plan.adaptive, adaptive_part(loss)
         if getattr(old, "follows", None) != getattr(new, "follows", None):
             raise ValueError(
                 f"A trial cannot change the loss to one that adapts in another way, found {self.args.loss!r}: search "

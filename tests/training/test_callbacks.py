@@ -5,7 +5,7 @@ import pytest
 import tiny
 from transformers import Trainer, TrainingArguments
 
-from hf_adafocal import AdaFocalCallback, AdaFocalLoss
+from hf_adafocal import AdaFocalLoss
 from hf_adafocal.training.callbacks import STATE_KEY
 
 
@@ -61,12 +61,12 @@ class TestCheckpoint:
 
 
 class TestWhen:
-    def test_another_prefix_does_not_move_gamma(self, tmp_path):
+    def test_evaluations_under_other_prefixes_move_nothing_and_are_an_error_after_an_epoch(self, tmp_path):
         run = tiny.trainer(tmp_path, loss=AdaFocalLoss(num_bins=5), eval_dataset=tiny.token_dataset(60, seed=1))
-        callback = next(c for c in run.callback_handler.callbacks if isinstance(c, AdaFocalCallback))
-        callback.metric_key_prefix = "eval_other"
-        run.train()
-        assert run.loss.gammas.eq(1).all() and callback.updates == 0
+        run.adaptive_callback.prefixes = ("eval_other",)
+        with pytest.raises(ValueError, match=r"Gamma has not moved: .* \['eval'\], none of 'eval_other'"):
+            run.train()
+        assert run.loss.gammas.eq(1).all() and run.adaptive_callback.updates == 0
 
     def test_every_evaluation_by_steps_moves_gamma(self, tmp_path):
         run = tiny.trainer(tmp_path, eval_strategy="steps", eval_steps=3)

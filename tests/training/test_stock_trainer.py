@@ -79,13 +79,15 @@ def stock(folder, loss, model=None, sets=None, prefix=None, **settings) -> Train
     calibration = CalibrationMetrics(loss.num_bins, loss.ignore_index)
     args = TrainingArguments(
         str(folder),
-        learning_rate=5e-3,
         lr_scheduler_type="constant",
         per_device_eval_batch_size=16,
         use_cpu=True,
         disable_tqdm=True,
         report_to=[],
-        **{"num_train_epochs": 2, "eval_strategy": "epoch", "save_strategy": "no", **settings},
+        **{
+            **{"num_train_epochs": 2, "learning_rate": 5e-3, "eval_strategy": "epoch", "save_strategy": "no"},
+            **settings,
+        },
     )
     return Trainer(
         model or tiny.bert(),

@@ -1,14 +1,10 @@
-"""Pictures in trackers, and the card that a Trainer pushes."""
+"""Pictures in trackers."""
 
 import io
-import json
 
 import pytest
 import tiny
-from huggingface_hub import ModelCard
 from PIL import Image
-
-from hf_adafocal.report.card import START
 
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
@@ -66,39 +62,3 @@ def test_trackio_gets_them(tmp_path, monkeypatch):
     run.train()
     found = [values["calibration/eval_reliability"] for values in logged if "calibration/eval_reliability" in values]
     assert len(found) == 2 and all(isinstance(entry, trackio.Image) for entry in found)
-
-
-class TestCardOfATrainer:
-    def test_it_shows_the_last_evaluation_and_admits_that_it_drove_gamma(self, tmp_path):
-        run = tiny.trainer(tmp_path)
-        run.train()
-        run.create_model_card()
-        card = ModelCard.load(tmp_path / "README.md")
-        found = {result.metric_type: result.metric_value for result in card.data.eval_results}
-        last = [entry for entry in run.state.log_history if "eval_ece" in entry][-1]
-        assert (found["ece"], found["nll"]) == (last["eval_ece"], last["eval_nll"])
-        assert "Gamma was steered by these very samples" in card.text and "60 evaluation samples" in card.text
-
-    def test_the_report_of_the_folder_goes_first(self, tmp_path):
-        run = tiny.trainer(tmp_path)
-        run.evaluate()
-        raw = {"num_samples": 7, "num_bins": 15, "accuracy": 0.5, "ece": 0.125}
-        (tmp_path / "report.json").write_text(json.dumps({"test": {"raw": raw}}))
-        run.create_model_card()
-        assert "7 test samples" in (tmp_path / "README.md").read_text()
-
-    def test_without_an_evaluation_it_is_the_stock_card(self, tmp_path):
-        tiny.trainer(tmp_path).create_model_card()
-        assert START not in (tmp_path / "README.md").read_text()
-
-    def test_push_to_hub_pushes_it_and_keeps_the_users_sections(self, tmp_path, local_hub):
-        run = tiny.trainer(tmp_path / "run", hub_model_id="me/news", push_to_hub=True)
-        run.train()
-        run.push_to_hub()
-        readme = tmp_path / "run" / "README.md"
-        readme.write_text(readme.read_text() + "\n## Intended use\n\nOurs alone.\n")
-        run.push_to_hub()
-        card = ModelCard(local_hub.model("me/news").files()["README.md"].decode())
-        assert card.text.count(START) == 1 and card.text.rstrip().endswith("## Intended use\n\nOurs alone.")
-        assert {"ece", "ada_ece", "nll", "accuracy"} <= {result.metric_type for result in card.data.eval_results}
-        assert 'model="me/news"' in card.text

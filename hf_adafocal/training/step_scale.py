@@ -1,0 +1,71 @@
+"""Scale the loss of a batch so that an optimizer step follows the mean, or the sum, over all of its samples."""
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from hf_adafocal.training.trainer import AdaFocalTrainer
+
+
+class StepScale:
+    """Counts and factors by which micro-batches and processes of any size add up to one loss.
+
+    Args:
+        trainer: The trainer whose steps are scaled.
+    """
+
+    def __init__(self, trainer: "AdaFocalTrainer") -> None:
+        self._trainer = trainer
+
+    def count(self, labels: Tensor) -> Tensor:
+        """Labels of a batch that count, by their class weights if the loss has some, a scalar."""
+        trainer = self._trainer
+        count = getattr(trainer.loss, "count", None)
+        return (labels != trainer.ignore_index).sum() if count is None else count(labels)
+
+    def count_of_step(self, targets: Iterable[Tensor], device: torch.device) -> Tensor:
+        """Labels of all micro-batches and processes of an optimizer step.
+
+        Args:
+            targets: Labels of each micro-batch of this process.
+            device: Where the count is needed.
+
+        Returns:
+            A scalar, or shape `(n_gpu, 1)` for DataParallel, which splits what it is given.
+        """
+        trainer = self._trainer
+        args, accelerator = trainer.args, trainer.accelerator
+        count = torch.stack([self.count(labels).to(device) for labels in targets]).sum()
+        if args.average_tokens_across_devices and args.world_size > 1:
+            count = accelerator.gather(count).sum()
+        if args.n_gpu > 1:
+            share = 1 if args.average_tokens_across_devices else args.n_gpu
+            count = (count / share).unsqueeze(0).expand(args.n_gpu, -1)
+        return count / (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size())
+
+    def divisor(self, items_in_step: Any) -> Any:
+        """What the summed loss of a batch is divided by, from the count of its step."""
+        if self._trainer.plan.reduction == "sum":
+            return 1
+        if isinstance(items_in_step, Tensor) and items_in_step.numel() > 1:  # DataParallel repeats the count
+            items_in_step = items_in_step.flatten()[0]
+            if not self._trainer.args.average_tokens_across_devices:
+                items_in_step = items_in_step * self._trainer.args.n_gpu
+        return items_in_step
+
+    @property
+    def factor(self) -> int:
+        """Factor that undoes the mean which distributed training takes over ranks with different batches."""
+        trainer = self._trainer
+        if trainer.plan.reduction == "sum" or trainer.args.average_tokens_across_devices:
+            return trainer.accelerator.num_processes // trainer.get_tp_size()
+        return 1
+
+    def share(self, labels: Tensor, items_in_step: Any) -> Any:
+        """Factor that turns a mean over a batch into its share of the loss of the step."""
+        if items_in_step is None:
+            return 1
+        return self.count(labels) / self.divisor(items_in_step) * self.factor
