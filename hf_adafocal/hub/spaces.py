@@ -1,15 +1,18 @@
 """Publish the metrics of this package as Spaces, so that `evaluate.load("<namespace>/ece")` finds them.
 
-A Space carries the metric's script and the modules of this package that it needs, with relative imports: these are
-numpy alone, so who loads the metric installs `evaluate` and nothing of ours, and gets the values of the version that
-was published.
+A Space carries the metric's script and the modules of this package that it needs, with relative imports. Who loads
+the metric installs `evaluate` and nothing of ours, and gets the values of the version that was published.
 """
 
+import ast
 import html
+import json
 import re
+import sys
+from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import yaml
 
@@ -18,13 +21,22 @@ from hf_adafocal.hub.client import PushResult, push_files
 
 Sdk = Literal["gradio", "static"]
 
-# The widget of evaluate 0.4.6, the latest release, needs gradio 3; this commit builds it with gradio 5.
-_EVALUATE = "git+https://github.com/huggingface/evaluate@a7dd338386a4fae9a1767e05eb9ef9479513d9e8"
 _GRADIO_VERSION = "5.49.1"
+_PYTHON_VERSION = "3.11"
 _ROOT = Path(__file__).resolve().parents[1]
-_IMPORT = re.compile(r"^from hf_adafocal\.(?:metrics|evaluate_modules)(?:\.(\w+) import| import (\w+))", re.MULTILINE)
-# A widget hands over two columns, which these metrics read as a binary classifier's.
-_METRICS_OF_ROWS = ("brier", "classwise_ece", "nll")
+_PACKAGE = _ROOT.name
+# The two columns of the page's table, and the configuration that reads them so.
+_CONFIDENCES = (None, ("confidence", "right (1) or wrong (0)"))
+_BINARY = ("binary", ("probability of class 1", "label (0 or 1)"))
+_COLUMNS: dict[str, tuple[str | None, tuple[str, str]]] = {
+    **dict.fromkeys(("ada_ece", "aurc", "ece", "smooth_ece"), _CONFIDENCES),
+    **dict.fromkeys(("brier", "classwise_ece", "nll"), _BINARY),
+    "ood_detection": (None, ("score", "in-distribution (1) or not (0)")),
+}
+# What a card says in the package, and in a Space.
+_FROM_PACKAGE = f"The metric is part of the `{_PACKAGE}` package and loads without a network connection."
+_FROM_SPACE = "The metric is loaded from this Space; all it takes is `pip install evaluate`."
+_EXAMPLE = ((0.95, 1), (0.9, 1), (0.85, 1), (0.8, 0), (0.7, 1), (0.6, 0))
 
 
 def publish_metric(
@@ -60,39 +72,114 @@ def metric_space(name: str, repo_id: str, *, sdk: Sdk = "gradio") -> dict[str, s
     """The files of a metric's Space, path and text.
 
     They are the script `<name>.py` with the modules it needs, the metric's card, `requirements.txt`, and the page:
-    `app.py`, or `index.html` for "static".
+    `app.py` with its settings in `widget.json`, or `index.html` for "static".
 
     Raises:
         ValueError: As `publish_metric`.
+
+    Example:
+        >>> sorted(metric_space("nll", "me/nll", sdk="static"))[:2]
+        ['README.md', 'evaluate_modules_base.py']
     """
     if sdk not in ("gradio", "static"):
         raise ValueError(f'sdk must be "gradio" or "static", found {sdk!r}.')
     folder = Path(evaluate_module(name))
     script = (folder / f"{name}.py").read_text(encoding="utf-8")
     modules = _needed_modules(script)
-    files = {
+    vendored = {
         f"{name}.py": _vendored(f"evaluate_modules/{name}/{name}.py", _announced(script, modules)),
-        **{Path(module).name: _vendored(module, text) for module, text in modules.items()},
-        "README.md": _card((folder / "README.md").read_text(encoding="utf-8"), name, repo_id, sdk),
-        "requirements.txt": f"{_EVALUATE}\nnumpy\n",
+        **{f"{_flat(module)}.py": _vendored(_path(module), text) for module, text in modules.items()},
     }
-    return files | ({"app.py": _app(name)} if sdk == "gradio" else {"index.html": _page(name, repo_id)})
+    card = _card(folder / "README.md", repo_id, sdk)
+    files = {
+        **vendored,
+        "README.md": card.text,
+        "requirements.txt": "".join(f"{package}\n" for package in sorted(_third_party(*vendored.values()))),
+    }
+    if sdk == "static":
+        return files | {"index.html": _page(card, repo_id)}
+    configuration, columns = _COLUMNS[name]
+    widget = {
+        "metric": name,
+        "configuration": configuration,
+        "title": card.title,
+        "description": card.description,
+        "columns": columns,
+        "example": _EXAMPLE,
+    }
+    app = (Path(__file__).parent / "space_app.py").read_text(encoding="utf-8")
+    return files | {"app.py": app, "widget.json": json.dumps(widget, indent=2) + "\n"}
+
+
+# Modules: `hf_adafocal.metrics.scores` becomes `metrics_scores.py` --------------------------------------------------
+
+
+class _Import(NamedTuple):
+    """A statement that imports of this package, wherever it stands; `modules` by their names within the package."""
+
+    node: ast.Import | ast.ImportFrom
+    modules: list[str]
+    relative: list[str]  # the statements in its place
+
+
+def _imports(text: str) -> Iterator[_Import]:
+    """Every import of this package in a file.
+
+    Raises:
+        ValueError: If one names no module, but a package or a name that a package lends.
+    """
+    for node in ast.walk(ast.parse(text)):
+        if isinstance(node, ast.ImportFrom) and _is_ours(node.module or ""):
+            module = _within(node.module or "")
+            if _is_module(module):
+                names = ", ".join(map(ast.unparse, node.names))
+                yield _Import(node, [module], [f"from .{_flat(module)} import {names}"])
+                continue
+            parts = [(f"{module}.{alias.name}".lstrip("."), alias.asname or alias.name) for alias in node.names]
+        elif isinstance(node, ast.Import) and any(_is_ours(alias.name) for alias in node.names):
+            parts = [(_within(alias.name), alias.asname or "") for alias in node.names]
+        else:
+            continue
+        if not all(_is_module(module) and name for module, name in parts):
+            raise ValueError(
+                f"A published metric cannot use `{ast.unparse(node)}`: expected `from <module> import <name>` with a "
+                f"module of {_PACKAGE}, or `from <package> import <module>`."
+            )
+        relative = [f"from . import {_flat(module)} as {name}" for module, name in parts]
+        yield _Import(node, [module for module, _ in parts], relative)
+
+
+def _is_ours(module: str) -> bool:
+    return module.split(".")[0] == _PACKAGE
+
+
+def _within(module: str) -> str:
+    return module.removeprefix(_PACKAGE).lstrip(".")
+
+
+def _is_module(module: str) -> bool:
+    return (_ROOT / _path(module)).is_file()
+
+
+def _path(module: str) -> str:
+    return f"{module.replace('.', '/')}.py"
+
+
+def _flat(module: str) -> str:
+    return module.replace(".", "_")
 
 
 def _needed_modules(script: str) -> dict[str, str]:
-    """Path in the package and text of the modules that a script imports, and those that they import."""
+    """Modules of this package that a script imports and those that they import, by name, each with its text."""
     modules: dict[str, str] = {}
     waiting = [script]
     while waiting:
-        for match in _IMPORT.finditer(waiting.pop()):
-            stem = match[1] or match[2]
-            path = next(
-                path for path in (f"metrics/{stem}.py", f"evaluate_modules/{stem}.py") if (_ROOT / path).is_file()
-            )
-            if path not in modules:
-                modules[path] = (_ROOT / path).read_text(encoding="utf-8")
-                waiting.append(modules[path])
-    return dict(sorted(modules.items(), key=lambda item: Path(item[0]).stem))
+        for found in _imports(waiting.pop()):
+            for module in found.modules:
+                if module not in modules:
+                    modules[module] = (_ROOT / _path(module)).read_text(encoding="utf-8")
+                    waiting.append(modules[module])
+    return dict(sorted(modules.items()))
 
 
 def _announced(script: str, modules: dict[str, str]) -> str:
@@ -100,51 +187,86 @@ def _announced(script: str, modules: dict[str, str]) -> str:
 
     No comment may follow on such a line: `evaluate` would take it for the address of the module.
     """
-    stems = (Path(module).stem for module in modules)
-    lines = [f"from .{stem} import __name__ as _{stem}\n" for stem in stems]
+    lines = script.splitlines(keepends=True)
+    first = min(found.node.lineno for found in _imports(script)) - 1
     reason = "# evaluate.load fetches the modules named in this file alone.\n"
-    first = _IMPORT.search(script).start()
-    return "".join([script[:first], reason, *lines, script[first:]])
+    announced = [f"from .{_flat(module)} import __name__ as _{_flat(module)}\n" for module in modules]
+    return "".join([*lines[:first], reason, *announced, *lines[first:]])
 
 
 def _vendored(path: str, text: str) -> str:
+    """A file of this package with relative imports, and a line that says where it is from.
+
+    Raises:
+        ValueError: If an import shares its line with another statement.
+    """
+    lines = text.splitlines(keepends=True)
+    for node, _, relative in sorted(_imports(text), key=lambda found: found.node.lineno, reverse=True):
+        first, last = lines[node.lineno - 1], lines[(node.end_lineno or node.lineno) - 1]
+        indent, rest = first[: node.col_offset], last.encode()[node.end_col_offset :].decode().strip()
+        if indent.strip() or (rest and not rest.startswith("#")):
+            raise ValueError(f"{path}, line {node.lineno}: an import of {_PACKAGE} must stand on a line of its own.")
+        lines[node.lineno - 1 : node.end_lineno] = [f"{indent}{statement}\n" for statement in relative]
     release = f"hf-adafocal {version('hf-adafocal')}, Apache License 2.0"
-    return f"# hf_adafocal/{path} of {release}, with relative imports.\n{_IMPORT.sub(_relative, text)}"
+    return f"# {_PACKAGE}/{path} of {release}, with relative imports.\n{''.join(lines)}"
 
 
-def _relative(match: re.Match) -> str:
-    return f"from .{match[1]} import" if match[1] else f"from . import {match[2]}"
+def _third_party(*texts: str) -> set[str]:
+    """Packages that these files import, of neither Python nor ours."""
+    nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
+    names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
+    names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
+    return {name.split(".")[0] for name in names} - set(sys.stdlib_module_names)
 
 
-def _card(card: str, name: str, repo_id: str, sdk: Sdk) -> str:
-    """The metric's card with the front matter of this Space, and how to load the metric from it."""
-    _, front_matter, text = card.split("---\n", maxsplit=2)
-    data = yaml.safe_load(front_matter) | {"sdk": sdk, "license": "apache-2.0"}
+# Card and pages --------------------------------------------------------------------------------------------------
+
+
+class _Card(NamedTuple):
+    """README.md of a Space, and what its page shows of it."""
+
+    text: str
+    title: str
+    description: str
+    usage: str  # the code under "How to use"
+
+
+def _card(path: Path, repo_id: str, sdk: Sdk) -> _Card:
+    """The metric's card with the front matter of this Space, loading the metric and its kin from its namespace."""
+    _, front_matter, text = path.read_text(encoding="utf-8").split("---\n", maxsplit=2)
+    data = yaml.safe_load(front_matter) | {"sdk": sdk, "license": "apache-2.0", "app_file": "index.html"}
+    data.pop("sdk_version", None)
     if sdk == "gradio":
-        data |= {"sdk_version": _GRADIO_VERSION, "app_file": "app.py"}
-    else:
-        data |= {"app_file": "index.html"}
-        data.pop("sdk_version", None)
-    usage = (
-        f"## How to use\n\nFrom this Space, with `evaluate` and NumPy alone:\n\n```python\n>>> import evaluate\n"
-        f'>>> {name} = evaluate.load("{repo_id}")\n```\n\nThe rest of this card loads it from the package.\n'
-    )
-    front_matter = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
-    return f"---\n{front_matter}---\n{text.replace('## How to use' + chr(10), usage, 1)}"
+        data |= {"sdk_version": _GRADIO_VERSION, "python_version": _PYTHON_VERSION, "app_file": "app.py"}
+    text = re.sub(rf'{_PACKAGE}\.evaluate_module\("(\w+)"\)', rf'"{repo_id.rpartition("/")[0]}/\1"', text)
+    text = text.replace(f">>> import {_PACKAGE}\n", "").replace(_FROM_PACKAGE, _FROM_SPACE)
+    usage = re.search(r"^## How to use$.*?^```python\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    if usage is None or f"import {_PACKAGE}" in text or f"from {_PACKAGE}" in text:
+        raise ValueError(f"{path} must have code under `## How to use`, and import nothing else of {_PACKAGE}.")
+    settings = yaml.safe_dump(data, sort_keys=False, allow_unicode=True)
+    return _Card(f"---\n{settings}---\n{text}", data["title"], data["description"], usage[1])
 
 
-def _app(name: str) -> str:
-    configuration = ', "binary"' if name in _METRICS_OF_ROWS else ""
-    return (
-        "from pathlib import Path\n\nimport evaluate\nfrom evaluate.utils import launch_gradio_widget\n\n"
-        f'script = Path(__file__).resolve().with_name("{name}.py")\n'
-        f"launch_gradio_widget(evaluate.load(str(script){configuration}))\n"
-    )
-
-
-def _page(name: str, repo_id: str) -> str:
-    code = html.escape(f'import evaluate\n\n{name} = evaluate.load("{repo_id}")')
-    return (
-        f'<!doctype html>\n<html lang="en">\n<meta charset="utf-8">\n<title>{name}</title>\n'
-        f"<pre><code>{code}</code></pre>\n<p>README.md of this Space is the metric's card.</p>\n</html>\n"
-    )
+def _page(card: _Card, repo_id: str) -> str:
+    """A page without scripts: what the metric is, how it is loaded, and where its card is."""
+    title, description, usage = map(html.escape, (card.title, card.description, card.usage))
+    address = html.escape(f"https://huggingface.co/spaces/{repo_id}/blob/main/README.md")
+    return f"""<!doctype html>
+<html lang="en">
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{title}</title>
+<style>
+:root {{ color-scheme: light dark; }}
+body {{ max-width: 46rem; margin: 2rem auto; padding: 0 1rem; font: 16px/1.6 system-ui, sans-serif; }}
+pre {{ overflow-x: auto; padding: 1rem; background: color-mix(in srgb, currentColor 8%, Canvas); }}
+code {{ font: 14px/1.5 ui-monospace, monospace; }}
+</style>
+<h1>{title}</h1>
+<p>{description}</p>
+<h2>How to use</h2>
+<p>{html.escape(_FROM_SPACE).replace("`pip install evaluate`", "<code>pip install evaluate</code>")}</p>
+<pre><code>{usage}</code></pre>
+<p><a href="{address}">The metric's card</a>: inputs, examples, limits and bias, citation.</p>
+</html>
+"""
