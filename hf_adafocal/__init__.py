@@ -60,6 +60,8 @@ _HOMES = {
     "push_run": "hub",
     "recorded_scaling": "scaling",
     "reliability_diagram": "report",
+    "reliability_of_confidences": "report",
+    "reliability_of_probabilities": "report",
     "report_intervals": "metrics",
     "scale_checkpoint": "runs",
     "smooth_calibration_error": "metrics",

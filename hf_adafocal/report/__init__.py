@@ -8,6 +8,8 @@ _HOMES = {
     "gamma_trajectory": "plots",
     "read_report": "files",
     "reliability_diagram": "plots",
+    "reliability_of_confidences": "plots",
+    "reliability_of_probabilities": "plots",
     "save_report": "files",
     "weights_hash": "weights",
     "write_card": "card",

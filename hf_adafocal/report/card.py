@@ -21,6 +21,7 @@ STOCK = "<!-- This model card has been generated automatically according to the 
 PICTURES = {
     "reliability.png": "Accuracy against confidence, with the number of samples in each bin",
     "gamma.png": "Gamma of each confidence bin over training",
+    "smoothing.png": "Smoothing of the labels over training",
 }
 LOSS_NAMES = {
     "adafocal": "AdaFocal",

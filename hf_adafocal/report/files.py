@@ -108,17 +108,16 @@ def pictures() -> Any:
 
 
 def draw(folder: str | Path, report: Report) -> None:
-    """Draw `reliability.png`, and `gamma.png` if the loss adapted; pictures of an earlier report go."""
+    """Draw `reliability.png`, and `gamma.png` or `smoothing.png` if the loss adapted; earlier pictures go."""
     plots = pictures()
     figures: dict[str, Any] = {}
     if plots is not None and report.test.reliability:
         titles = scores_titles(report)
         bins = {titles[name]: stats for name, stats in report.test.reliability.items()}
         figures["reliability.png"] = plots.reliability_diagram(bins)
-    gammas = [update for update in report.adaptation if "gammas" in update]
-    if plots is not None and gammas:
-        steps = [update["step"] for update in gammas]
-        figures["gamma.png"] = plots.gamma_trajectory(steps, [update["gammas"] for update in gammas])
+    if plots is not None:
+        adapted = plots.adaptation_diagrams(report.adaptation)
+        figures.update({f"{name}.png": figure for name, figure in adapted.items()})
     for name in PICTURES:
         path = Path(folder) / name
         if name in figures:

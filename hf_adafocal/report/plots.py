@@ -1,6 +1,7 @@
 """Pictures of calibration. Each function returns a matplotlib `Figure` and touches no global state."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from matplotlib import colormaps
@@ -10,28 +11,90 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 
-from hf_adafocal.metrics.binning import BinStats
+from hf_adafocal.metrics.binning import BinStats, binned, equal_width_edges
+from hf_adafocal.metrics.scores import top_label
+from hf_adafocal.metrics.validation import check_pairs
 
 ACCURACY, GAP, INK, PAPER = "#2b6ca3", "#d1495b", "#333333", "#e9eef4"
-STYLE = {"titlesize": 10, "labelsize": 9, "ticksize": 8, "notesize": 7}
+# Points at the width of two panels, 6.2 inches: shown 600 pixels wide the smallest letters are 11 pixels high.
+PANEL = 3.1  # inches
+STYLE = {"titlesize": 10, "labelsize": 9, "ticksize": 8, "notesize": 8}
+
+
+def reliability_of_probabilities(
+    probabilities: np.ndarray, labels: np.ndarray, num_bins: int = 15, *, title: str = ""
+) -> Figure:
+    """Reliability diagram of class probabilities: accuracy of the predicted class against its probability.
+
+    Args:
+        probabilities: Shape `(N, C)`, rows sum to 1.
+        labels: Class indices in `[0, C)`, shape `(N,)`.
+        num_bins: Bins of one width on [0, 1].
+        title: First line above the diagram; the second one is the ECE.
+
+    Returns:
+        The figure; `savefig` writes it at 200 dots per inch.
+
+    Raises:
+        ValueError: If shapes do not fit, rows are no probabilities or labels no class indices.
+
+    >>> p = np.array([[0.75, 0.25]] * 4)
+    >>> reliability_of_probabilities(p, np.array([0, 0, 0, 1])).axes[0].get_title()
+    'ECE 0.0 %'
+    """
+    return reliability_of_confidences(*top_label(probabilities, labels), num_bins, title=title)
+
+
+def reliability_of_confidences(
+    confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15, *, title: str = ""
+) -> Figure:
+    """Reliability diagram of confidences: how often a prediction was correct against how sure it was.
+
+    Args:
+        confidence: Probability that the prediction is correct, shape `(N,)`, in [0, 1].
+        correct: 1 where it was, 0 where it was not, shape `(N,)`.
+        num_bins: Bins of one width on [0, 1].
+        title: First line above the diagram; the second one is the ECE.
+
+    Returns:
+        The figure; `savefig` writes it at 200 dots per inch.
+
+    Raises:
+        ValueError: If the shapes differ or a value is out of range.
+
+    >>> reliability_of_confidences(np.full(4, 0.75), np.array([1, 1, 1, 1])).axes[0].get_title()
+    'ECE 25.0 %'
+    """
+    return reliability_diagram({title: binned(*check_pairs(confidence, correct), num_bins, "equal_width")})
 
 
 def reliability_diagram(diagrams: BinStats | Mapping[str, BinStats], *, accuracy_label: str = "accuracy") -> Figure:
-    """Accuracy against confidence, with 95 % intervals, over how many samples each bin holds.
+    """Reliability diagram of bin statistics: accuracy against confidence, over how many samples each bin holds.
 
-    A point below the diagonal is over-confident. Intervals are Wilson's; the error in the title is the mean gap over
-    samples, ECE for bins of one width.
+    A point below the diagonal is over-confident. Intervals are Wilson's, 95 %. The title gives the ECE (AdaECE where
+    the bins are not of one width).
 
     Args:
         diagrams: Bin statistics, or several by title, drawn side by side.
         accuracy_label: What the vertical axis counts.
 
     Returns:
-        The figure; `savefig` writes it at 200 dots an inch.
+        The figure; `savefig` writes it at 200 dots per inch.
+
+    Raises:
+        TypeError: If it is given arrays: `reliability_of_probabilities` and `reliability_of_confidences` take them.
+        ValueError: If there is nothing to draw.
     """
     if isinstance(diagrams, BinStats):
         diagrams = {"": diagrams}
-    figure = Figure(figsize=(3.6 * len(diagrams) + 0.4, 4.6), dpi=200, layout="constrained")
+    if not isinstance(diagrams, Mapping) or not all(isinstance(stats, BinStats) for stats in diagrams.values()):
+        raise TypeError(
+            f"Expected bin statistics, found {type(diagrams).__name__}. From probabilities (N, C) and labels draw "
+            "with reliability_of_probabilities, from confidences and correctness with reliability_of_confidences."
+        )
+    if not diagrams or any(stats.count.sum() == 0 for stats in diagrams.values()):
+        raise ValueError("Expected bins that hold samples, found none.")
+    figure = Figure(figsize=(PANEL * len(diagrams) + 0.3 * (len(diagrams) == 1), 4.2), dpi=200, layout="constrained")
     grid = figure.subplots(2, len(diagrams), squeeze=False, sharex=True, sharey="row", height_ratios=[3, 1.25])
     for (title, stats), (upper, lower) in zip(diagrams.items(), grid.T, strict=True):
         _reliability(upper, stats, title)
@@ -45,48 +108,73 @@ def reliability_diagram(diagrams: BinStats | Mapping[str, BinStats], *, accuracy
         Patch(facecolor=GAP, alpha=0.35, label="gap to confidence"),
         Line2D([], [], color=INK, linestyle="--", linewidth=0.8, label="calibrated"),
     ]
-    figure.legend(handles=legend, fontsize=STYLE["notesize"], loc="outside lower center", ncols=3, frameon=False)
+    columns = 3 if len(diagrams) > 1 else 1
+    figure.legend(handles=legend, fontsize=STYLE["notesize"], loc="outside lower center", ncols=columns, frameon=False)
     return figure
 
 
-def gamma_trajectory(steps: Sequence[int], gammas: Sequence[Sequence[float]], switch: float = 0.2) -> Figure:
-    """Gamma of each bin over training.
+def adaptation_diagrams(history: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
+    """Pictures of how a loss adapted: gamma of each bin, or the smoothing of the labels, over training.
 
     Args:
-        steps: Optimizer step of each update, shape `(updates,)`.
-        gammas: Gamma of each bin after it, shape `(updates, num_bins)`.
-        switch: Half-width of the band around 0 that gamma jumps over by the paper's rule.
+        history: Updates of a report: `{"step": int, "gammas": [...]}` or `{"step": int, "smoothing": float}`.
 
     Returns:
-        The figure; one line a bin, from the least (dark) to the most confident (bright). One gamma for all needs no
-        legend, and by the temperature rule it jumps over nothing.
+        Figures by name, "gamma" or "smoothing"; empty if nothing adapted.
+    """
+    figures = {}
+    gammas = [update for update in history if "gammas" in update]
+    if gammas:
+        figures["gamma"] = gamma_trajectory([u["step"] for u in gammas], [u["gammas"] for u in gammas])
+    smoothing = [update for update in history if "smoothing" in update]
+    if smoothing:
+        figure, axes = _trajectory("smoothing of the labels")
+        values = [update["smoothing"] for update in smoothing]
+        axes.plot([u["step"] for u in smoothing], values, color=ACCURACY, linewidth=1.2, marker="o", markersize=3)
+        axes.set_ylim(0)
+        figures["smoothing"] = figure
+    return figures
+
+
+def gamma_trajectory(steps: Sequence[int], gammas: Sequence[Sequence[float]], switch: float = 0.2) -> Figure:
+    """Picture of gamma of each bin over training.
+
+    Args:
+        steps: Optimizer step of each update, 0 for the start, shape `(updates,)`.
+        gammas: Gamma of each bin after it, shape `(updates, num_bins)`.
+        switch: Half-width of the band around 0 that gamma jumps over.
+
+    Returns:
+        The figure; one line per bin, from the least (dark) to the most confident (bright).
+
+    Raises:
+        ValueError: If the shapes do not fit.
+
+    >>> len(gamma_trajectory([0, 10], [[1.0, 1.0], [1.5, 0.5]]).axes)  # the lines, and the bar that names the bins
+    2
     """
     values = np.asarray(gammas, dtype=float)
     if values.ndim != 2 or len(values) != len(steps) or len(values) == 0:
         raise ValueError(f"gammas must have shape (updates, num_bins) for {len(steps)} updates, found {values.shape}.")
-    figure = Figure(figsize=(5.2, 3.2), dpi=200, layout="constrained")
-    axes = figure.subplots()
+    figure, axes = _trajectory("gamma (below 0: inverse focal)")
     num_bins = values.shape[1]
     colors = colormaps["viridis"].resampled(num_bins)
-    if num_bins > 1:
-        axes.axhspan(-switch, switch, color=PAPER, linewidth=0)
+    axes.axhspan(-switch, switch, color=PAPER, linewidth=0)
     axes.axhline(0, color=INK, linewidth=0.6)
     for index in range(num_bins):
         axes.plot(steps, values[:, index], color=colors(index), linewidth=1.2, marker="o", markersize=2)
-    _frame(axes)
-    axes.set_xlabel("optimizer step", fontsize=STYLE["labelsize"])
-    axes.set_ylabel("gamma    (below 0: inverse focal loss)", fontsize=STYLE["labelsize"])
     if num_bins == 1:
         return figure
     norm = BoundaryNorm(np.arange(num_bins + 1) + 0.5, num_bins)
     bar = figure.colorbar(ScalarMappable(norm, colors), ax=axes, pad=0.02, ticks=[1, (num_bins + 1) // 2, num_bins])
-    bar.set_label("bin, by rising confidence", fontsize=STYLE["labelsize"])
+    bar.set_label("bin, by confidence", fontsize=STYLE["labelsize"])
+    bar.minorticks_off()
     bar.ax.tick_params(labelsize=STYLE["ticksize"], length=0)
     return figure
 
 
 def comparison_chart(errors: Mapping[str, Mapping[str, Sequence[float]]], label: str = "ECE, %") -> Figure:
-    """One calibration error of several losses, before and after temperature scaling; a dot a seed.
+    """Bar chart of the calibration error of several losses, before and after temperature scaling; a dot per seed.
 
     Args:
         errors: For each loss, for each kind of scaling, the error of each seed.
@@ -128,8 +216,9 @@ def _reliability(axes, stats: BinStats, title: str) -> None:
     axes.errorbar(confidence, accuracy, bars, fmt="o-", color=ACCURACY, markersize=3.5, linewidth=1, capsize=2)
     error = float(np.abs(stats.gap) @ stats.count / stats.count.sum())
     heading = f"{title}\n" if title else ""
-    axes.set_title(f"{heading}mean gap {100 * error:.1f} %", fontsize=STYLE["titlesize"])
-    axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6))
+    name = "ECE" if np.array_equal(stats.edges, equal_width_edges(len(stats.count))) else "AdaECE"
+    axes.set_title(f"{heading}{name} {100 * error:.1f} %", fontsize=STYLE["titlesize"])
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xticks=np.linspace(0, 1, 6), yticks=np.linspace(0, 1, 6))
     _frame(axes)
 
 
@@ -145,6 +234,16 @@ def _counts(axes, stats: BinStats) -> None:
     axes.set_yscale("log")
     axes.set_xlabel("confidence", fontsize=STYLE["labelsize"])
     _frame(axes)
+
+
+def _trajectory(label: str) -> tuple[Figure, Any]:
+    """An empty figure over optimizer steps, as wide as it has to be for letters of one size beside the diagrams."""
+    figure = Figure(figsize=(0.6 * 2 * PANEL, 2.7), dpi=200, layout="constrained")
+    axes = figure.subplots()
+    _frame(axes)
+    axes.set_xlabel("optimizer step", fontsize=STYLE["labelsize"])
+    axes.set_ylabel(label, fontsize=STYLE["labelsize"])
+    return figure, axes
 
 
 def _frame(axes) -> None:

@@ -59,11 +59,8 @@ def pictures_of(trainer: "AdaFocalTrainer", prefix: str) -> dict[str, Any]:
     if plots is None or samples is None:
         return {}
     drawn = {"reliability": plots.reliability_diagram(samples.diagram(trainer.plan.num_bins))}
-    history = [] if trainer.adaptive_callback is None else trainer.adaptive_callback.history
-    updates = [update for update in history if "gammas" in update]
-    if updates:
-        steps, gammas = zip(*((update["step"], update["gammas"]) for update in updates), strict=True)
-        drawn["gamma"] = plots.gamma_trajectory(steps, gammas)
+    callback = trainer.adaptive_callback
+    drawn.update(plots.adaptation_diagrams(() if callback is None else callback.history))
     return drawn
 
 

@@ -3,8 +3,21 @@ import pytest
 
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
-from hf_adafocal.metrics.binning import BinStats, bin_statistics, equal_width_edges  # noqa: E402
-from hf_adafocal.report.plots import comparison_chart, gamma_trajectory, reliability_diagram  # noqa: E402
+from hf_adafocal.metrics.binning import (  # noqa: E402
+    BinStats,
+    bin_statistics,
+    equal_mass_edges,
+    equal_width_edges,
+)
+from hf_adafocal.metrics.scores import calibration_error, expected_calibration_error, softmax  # noqa: E402
+from hf_adafocal.report.plots import (  # noqa: E402
+    adaptation_diagrams,
+    comparison_chart,
+    gamma_trajectory,
+    reliability_diagram,
+    reliability_of_confidences,
+    reliability_of_probabilities,
+)
 
 
 def stats(size: int = 500) -> BinStats:
@@ -37,10 +50,42 @@ class TestReliabilityDiagram:
         segments = reliability_diagram(table).axes[0].containers[-1].lines[2][0].get_segments()
         np.testing.assert_allclose(segments[0][:, 1], [0.4902, 0.9433], atol=1e-4)
 
-    def test_the_title_gives_the_mean_gap_over_samples(self):
+    def test_the_title_gives_the_calibration_error_under_the_name_that_its_bins_deserve(self):
         table = stats()
         error = 100 * np.abs(table.gap) @ table.count / 500
-        assert reliability_diagram({"raw": table}).axes[0].get_title() == f"raw\nmean gap {error:.1f} %"
+        assert reliability_diagram({"raw": table}).axes[0].get_title() == f"raw\nECE {error:.1f} %"
+        confidence = np.random.default_rng(0).random(50)
+        other = bin_statistics(confidence, confidence > 0.5, equal_mass_edges(confidence, 5))
+        assert reliability_diagram(other).axes[0].get_title().startswith("AdaECE ")
+
+    def test_probabilities_and_labels_are_drawn_in_one_call(self):
+        generator = np.random.default_rng(0)
+        p = softmax(2 * generator.normal(size=(200, 4)))
+        labels = generator.integers(0, 4, 200)
+        figure = reliability_of_probabilities(p, labels, 10, title="mine")
+        assert figure.axes[0].get_title() == f"mine\nECE {100 * expected_calibration_error(p, labels, 10):.1f} %"
+        assert sum(int(text.get_text()) for text in figure.axes[1].texts) == 200
+
+    def test_so_are_confidences_and_correctness(self):
+        generator = np.random.default_rng(0)
+        confidence, correct = generator.random(200), generator.integers(0, 2, 200)
+        title = reliability_of_confidences(confidence, correct).axes[0].get_title()
+        assert title == f"ECE {100 * calibration_error(confidence, correct):.1f} %"
+
+    def test_arrays_given_to_the_other_function_are_an_error_that_names_the_right_one(self):
+        with pytest.raises(TypeError, match="reliability_of_probabilities, from confidences .*reliability_of_conf"):
+            reliability_diagram(np.ones((3, 2)) / 2)
+
+    def test_nothing_to_draw_is_an_error(self):
+        empty = BinStats(np.array([0.0, 1.0]), np.array([0]), np.array([0.0]), np.array([0.0]))
+        for diagrams in ({}, empty):
+            with pytest.raises(ValueError, match="Expected bins that hold samples"):
+                reliability_diagram(diagrams)
+
+    def test_letters_are_11_pixels_high_where_the_picture_is_600_wide(self):
+        figure = reliability_diagram({"raw": stats(), "scaled": stats(50)})
+        smallest = min(text.get_fontsize() for axes in figure.axes for text in axes.texts + axes.get_xticklabels())
+        assert smallest / 72 * 600 / figure.get_size_inches()[0] >= 10.7
 
     def test_several_are_drawn_side_by_side(self, tmp_path):
         figure = reliability_diagram({"raw": stats(), "scaled": stats(50)})
@@ -61,15 +106,33 @@ class TestGammaTrajectory:
     def test_one_update_of_one_bin_can_be_drawn(self, tmp_path):
         assert drawn(gamma_trajectory([10], [[1.0]]), tmp_path)
 
-    @pytest.mark.parametrize(("num_bins", "legends", "bands"), [(1, 0, 0), (2, 1, 1)])
-    def test_one_gamma_for_all_has_neither_legend_nor_jump(self, num_bins, legends, bands):
-        figure = gamma_trajectory([10, 20], np.ones((2, num_bins)))
-        assert (len(figure.axes) - 1, len(figure.axes[0].patches)) == (legends, bands)
+    @pytest.mark.parametrize(("num_bins", "legends"), [(1, 0), (2, 1)])
+    def test_one_gamma_for_all_needs_no_legend_of_bins(self, num_bins, legends):
+        assert len(gamma_trajectory([10, 20], np.ones((2, num_bins))).axes) - 1 == legends
 
     @pytest.mark.parametrize("gammas", [[], [[1.0]], [1.0, 2.0]])
     def test_gammas_that_do_not_fit_the_steps_are_an_error(self, gammas):
         with pytest.raises(ValueError, match=r"must have shape \(updates, num_bins\) for 2 updates"):
             gamma_trajectory([1, 2], gammas)
+
+
+class TestAdaptationDiagrams:
+    def test_gammas_and_smoothing_have_a_picture_each_from_the_start_on(self, tmp_path):
+        gammas = [{"step": 0, "gammas": [1.0, 1.0]}, {"step": 5, "gammas": [1.5, 0.5]}]
+        smoothing = [{"step": 0, "smoothing": 0.0}, {"step": 5, "smoothing": 0.1}]
+        found = adaptation_diagrams([*gammas, *smoothing])
+        assert list(found) == ["gamma", "smoothing"] and list(adaptation_diagrams(smoothing)) == ["smoothing"]
+        for figure in found.values():
+            assert any(list(line.get_xdata()) == [0, 5] for line in figure.axes[0].lines) and drawn(figure, tmp_path)
+
+    def test_where_nothing_adapted_there_is_none(self):
+        assert adaptation_diagrams([]) == {}
+
+    def test_the_letters_are_as_high_as_those_of_the_diagrams_at_60_percent_of_their_width(self):
+        wide = reliability_diagram({"raw": stats(), "scaled": stats()})
+        narrow = gamma_trajectory([0, 1], np.ones((2, 3)))
+        assert narrow.get_size_inches()[0] == pytest.approx(0.6 * wide.get_size_inches()[0])
+        assert narrow.axes[0].xaxis.label.get_fontsize() == wide.axes[2].xaxis.label.get_fontsize()
 
 
 class TestComparisonChart:
