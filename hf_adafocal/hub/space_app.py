@@ -78,10 +78,12 @@ def build() -> Any:
                 col_count=(len(columns), "fixed"),
                 row_count=(len(example), "dynamic"),
                 interactive=True,
-                label="A row for each sample",
+                label="A row for each sample; the menu of a cell adds and deletes rows",
             )
             with gradio.Column():
-                result = gradio.Textbox(value=compute(example), label="Value", lines=4, interactive=False)
+                result = gradio.Textbox(
+                    value=compute(example), label="Value", lines=4, interactive=False, elem_id="value"
+                )
                 button = gradio.Button("Compute", variant="primary")
         button.click(compute, table, result)
         gradio.Markdown(card)
