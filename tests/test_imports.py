@@ -32,6 +32,21 @@ ALLOWED: dict[str, set[str]] = {
 }
 
 
+def drawing() -> str:
+    """The table as text: one line a package, those that import it above it, with what it may import."""
+    names = ALLOWED.keys() - LEAVES - {"__init__"}
+    floor: dict[str, int] = {}
+    while len(floor) < len(names):
+        floor |= {
+            name: 1 + max((floor[below] for below in ALLOWED[name]), default=-1)
+            for name in names
+            if ALLOWED[name] <= floor.keys()
+        }
+    rows = sorted(names, key=lambda name: (-floor[name], name))
+    lines = [f"{floor[name]}  {name:<17} {' '.join(sorted(ALLOWED[name])) or '-'}" for name in rows]
+    return "\n".join([*lines, f"   anybody may import {' '.join(sorted(LEAVES))}"])
+
+
 def modules() -> dict[str, Path]:
     return {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 
@@ -63,6 +78,10 @@ class TestArchitecture:
 
     def test_the_table_of_allowed_imports_names_every_module_and_no_other(self):
         assert {name.split("/")[0].removesuffix(".py") for name in modules()} == set(ALLOWED)
+
+    def test_the_drawing_in_the_guide_for_contributors_is_that_of_the_table(self):
+        guide = (PACKAGE.parent / "CONTRIBUTING.md").read_text()
+        assert drawing() in guide, f"CONTRIBUTING.md must hold this drawing:\n{drawing()}"
 
     def test_a_forbidden_import_is_found(self, tmp_path):
         file = tmp_path / "bad.py"

@@ -1,4 +1,4 @@
-"""What the README says is run."""
+"""What the README and the guide for contributors say is run."""
 
 import re
 import subprocess
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text()
+README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()
 
 
 def blocks(language: str) -> list[str]:
@@ -35,16 +35,16 @@ def test_the_scripts_it_names_explain_themselves(script):
 
 def test_the_test_command_is_the_one_that_ci_takes():
     found = re.search(r"<!-- tests -->\n```bash\n(.*?)\n```", README)
-    assert found and found[1] == 'pip install -e ".[dev]" && pytest'
+    assert found and found[1] == 'pip install -e ".[dev]" && pytest -n auto'
 
 
-def test_its_links_into_the_repository_lead_somewhere():
-    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README):
+def test_links_into_the_repository_lead_somewhere():
+    for target in re.findall(r"\]\((?!http)([^)#]+)\)", README + GUIDE):
         assert (ROOT / target).exists(), target
 
 
 def test_each_guarantee_names_tests_that_are_there():
-    guarantees = README.split("## What is guaranteed")[1].split("\n## ")[0]
+    guarantees = GUIDE.split("## What is guaranteed")[1].split("\n## ")[0]
     named = re.findall(r"`(tests/[\w/]+\.py)(?:::(\w+))?`", guarantees)
     assert len(named) > 15
     for path, subject in named:
