@@ -35,6 +35,7 @@ _HOMES = {
     "Splits": "data",
     "adaptive_calibration_error": "metrics",
     "area_under_risk_coverage": "metrics",
+    "balanced_class_weights": "losses",
     "binary_calibration_report": "metrics",
     "bootstrap_interval": "metrics",
     "build_loss": "losses",

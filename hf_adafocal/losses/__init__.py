@@ -1,22 +1,24 @@
-"""Loss functions and modules: cross-entropy, the focal family, AdaFocal and its rivals, by name in `LOSSES`."""
+"""Losses for calibrated classification: cross-entropy, focal losses, AdaFocal, calibration penalties, by name."""
 
 from hf_adafocal._lazy import lazy_attributes
 
 _HOMES = {
     "AdaDualFocalLoss": "adafocal",
     "AdaFocalLoss": "adafocal",
-    "AdaptiveLabelSmoothingLoss": "modules",
-    "BrierLoss": "modules",
+    "AdaptiveLabelSmoothingLoss": "label_smoothing",
+    "BrierLoss": "brier",
     "ClasswiseAdaFocalLoss": "adafocal",
     "CombinedLoss": "batch_loss",
-    "ConfidencePenaltyLoss": "modules",
-    "CrossEntropyLoss": "modules",
-    "DualFocalLoss": "modules",
-    "FLSD53Loss": "modules",
-    "FocalLoss": "modules",
-    "InverseFocalLoss": "modules",
+    "ConfidencePenaltyLoss": "confidence_penalty",
+    "CrossEntropyLoss": "focal",
+    "DualFocalLoss": "focal",
+    "FLSD53Loss": "focal",
+    "FocalLoss": "focal",
+    "InverseFocalLoss": "focal",
     "LOSSES": "registry",
-    "LabelSmoothingLoss": "modules",
+    "LabelSmoothingLoss": "label_smoothing",
+    "as_classification_loss": "torch_losses",
+    "balanced_class_weights": "class_weights",
     "build_loss": "registry",
 }
 

@@ -1,20 +1,20 @@
 """Losses whose gamma is a table that follows the calibration gap on held-out data."""
 
+import math
 import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from hf_adafocal.losses import functional
-from hf_adafocal.losses import gamma_table as gamma
-from hf_adafocal.losses.base import AdaptiveLoss, FocalFamilyLoss, table_numbers
+from hf_adafocal.losses import functional, gamma_table
+from hf_adafocal.losses.base import AdaptiveLoss, FocalFamilyLoss, finite, table_numbers
 
 
 class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
-    """AdaFocal: focal loss whose gamma depends on the label's probability and follows the calibration gap.
+    """AdaFocal: focal loss with a gamma per bin of the label's probability, moved by the calibration gap of the bin.
 
-    The table starts with bins of one width and one gamma; `update` moves it after each look at held-out data.
+    The table starts with bins of one width and one gamma; `update` moves it after each evaluation of held-out data.
 
     Args:
         num_bins: Bins of the table.
@@ -30,9 +30,17 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
         gammas: Gamma of each bin, shape `(num_bins,)`.
 
     Raises:
-        ValueError: If `gamma_initial` lies outside [gamma_min, gamma_max] or `num_bins` is below 1.
+        ValueError: If `gamma_initial` lies outside [gamma_min, gamma_max], `num_bins` is below 1, or another number is
+            not finite, or below 0 where that makes no sense.
 
     Source: Ghosh et al. 2022, arXiv 2211.11838; defaults are those of the authors' code.
+
+    >>> loss = AdaFocalLoss(num_bins=2)
+    >>> loss(torch.zeros(1, 2), torch.tensor([0]))  # gamma 1: log 2 / 2
+    tensor(0.3466)
+    >>> loss.update(edges=[0.4, 0.7, 0.9], gap=[0.1, 0.0])  # confident by 0.1 too much in the lower bin
+    >>> loss.readings()
+    {'gamma_min': 1.0, 'gamma_mean': 1.052..., 'gamma_max': 1.105...}
     """
 
     edges: Tensor
@@ -53,27 +61,37 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
         super().__init__(**kwargs)
         if num_bins < 1:
             raise ValueError(f"num_bins must be at least 1, found {num_bins}.")
+        settings = {"lambda_": lambda_, "switch": switch, "gamma_min": gamma_min, "gamma_max": gamma_max}
+        for name, value in settings.items():
+            finite(name, value, 0 if name in ("lambda_", "switch") else -math.inf)
         if not gamma_min <= gamma_initial <= gamma_max:
             raise ValueError(
                 f"gamma_initial must lie in [{gamma_min}, {gamma_max}] (gamma_min, gamma_max), found {gamma_initial}."
             )
         self.num_bins, self.gamma_initial = num_bins, gamma_initial
-        self.update_settings = {"lambda_": lambda_, "switch": switch, "gamma_min": gamma_min, "gamma_max": gamma_max}
+        self.update_settings = settings
         self.register_buffer("edges", torch.empty(num_bins + 1))
         self.register_buffer("gammas", torch.empty(num_bins))
         self.reset()
 
     def reset(self) -> None:
-        """Return to the table of an untrained model."""
+        """Return to the table for an untrained model."""
         self.edges.copy_(torch.linspace(0, 1, self.num_bins + 1))
         self.gammas.fill_(self.gamma_initial)
 
     def gamma(self, p: Tensor) -> Tensor:
-        """Gamma of each sample from the probability of its label."""
-        return gamma.lookup(p, self.edges, self.gammas)
+        """Look up gamma by the probability of the label.
+
+        Args:
+            p: Probability of the label, any shape.
+
+        Returns:
+            Gammas, the shape of `p`.
+        """
+        return gamma_table.lookup(p, self.edges, self.gammas)
 
     def update(self, edges: Any, gap: Any) -> None:
-        """Move the table after a look at held-out data.
+        """Move the table by the calibration of held-out data, as the paper does once an epoch.
 
         Args:
             edges: Equal-mass edges of the held-out confidences, shape `(num_bins + 1,)`; they become the table's.
@@ -85,7 +103,7 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
         self.set_table(edges, self._moved(self.gammas, gap))
 
     def update_from(self, statistics: Any) -> None:
-        """`update` with what it needs of the statistics of held-out data.
+        """Move the table by the statistics of held-out data: `update` with what it needs of them.
 
         Args:
             statistics: Has `edges` and `gap`, as `BinStats`.
@@ -101,7 +119,7 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
         return {"gamma_min": min(gammas), "gamma_mean": sum(gammas) / len(gammas), "gamma_max": max(gammas)}
 
     def table(self) -> dict[str, list]:
-        """The table as plain lists, by the names of `set_table`'s arguments."""
+        """Return the table as plain lists, by the names of `set_table`'s arguments."""
         return {"edges": self.edges.tolist(), "gammas": self.gammas.tolist()}
 
     def set_table(self, edges: Any, gammas: Any) -> None:
@@ -123,7 +141,7 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
 
     def _moved(self, gammas: Tensor, gap: Any) -> Tensor:
         gap = torch.as_tensor(gap, dtype=gammas.dtype, device=gammas.device)
-        return gamma.update(gammas, gap, **self.update_settings)
+        return gamma_table.update(gammas, gap, **self.update_settings)
 
     def extra_repr(self) -> str:
         """Show the settings when printed."""
@@ -132,22 +150,25 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
 
 
 class AdaDualFocalLoss(AdaFocalLoss):
-    """AdaFocal's table over dual focal loss: bins and factor take `q_y - q_j` where AdaFocal takes q_y.
+    """Dual focal loss with AdaFocal's table of gammas: bins and factor take `q_y - q_j` where AdaFocal takes q_y.
 
     Args, attributes and errors are those of `AdaFocalLoss`, and so are updates: edges are held-out confidences and the
     gap is theirs, as in the code of dual focal loss's authors. That code's gamma never falls below 0 (it multiplies by
     `exp(gap)`); here the rule is AdaFocal's, and a negative gamma gives the inverse form `(1 + q_y - q_j)^|gamma|`.
 
     Source: Tao et al. 2023, arXiv 2305.13665 (their code; the paper does not describe it).
+
+    >>> AdaDualFocalLoss()(torch.tensor([[0.6, 0.3, 0.1]]).log(), torch.tensor([0]))  # 0.7 -log 0.6
+    tensor(0.3576)
     """
 
     def formula(self, logits: Tensor, labels: Tensor, **options) -> Tensor:
-        """Dual focal loss with gamma from the table."""
+        """Compute dual focal loss with gamma from the table."""
         return functional.dual_focal_loss(logits, labels, self.gamma, **options)
 
 
 class ClasswiseAdaFocalLoss(AdaFocalLoss):
-    """Ours, not a paper's: AdaFocal with a table for each class, shrunk toward the one that all classes share.
+    """AdaFocal with a table of gammas per class, shrunk toward one that all classes share; ours, not a paper's.
 
     Bins are the same for all classes. Every table moves by AdaFocal's rule, the shared one by the gap of all held-out
     samples in a bin, a class's own by the gap of those that were predicted as that class: conditional on the predicted
@@ -170,6 +191,11 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
 
     Raises:
         ValueError: As `AdaFocalLoss`, or if `prior` is not above 0.
+
+    >>> loss = ClasswiseAdaFocalLoss(num_bins=1)
+    >>> loss.update([0.2, 0.9], [0.0], class_gap=[[0.2], [0.0]], class_counts=[150, 0])
+    >>> loss(torch.zeros(2, 2), torch.tensor([0, 1]))  # gammas 1.11 and 1
+    tensor(0.3338)
     """
 
     needs_class_statistics = True
@@ -183,26 +209,26 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
         self.prior = prior
 
     def reset(self) -> None:
-        """Return to the one table of an untrained model."""
+        """Return to the shared table for an untrained model."""
         super().reset()
         self._set_classes(self.gammas.new_empty(0, self.num_bins), self.gammas.new_empty(0))
 
     def formula(self, logits: Tensor, labels: Tensor, **options) -> Tensor:
-        """Focal loss with gamma from the table of the label's class."""
+        """Compute focal loss with gamma from the table of the label's class."""
         num_classes = len(self.class_gammas)
         if num_classes == 0:
             return super().formula(logits, labels, **options)
         if logits.ndim > 1 and logits.shape[1] != num_classes:
             raise ValueError(f"Expected logits of {num_classes} classes, one a table, found {tuple(logits.shape)}.")
-        gammas = gamma.pool(self.class_gammas, self.gammas, self.class_counts, self.prior)
+        gammas = gamma_table.pool(self.class_gammas, self.gammas, self.class_counts, self.prior)
 
         def of_class(p: Tensor) -> Tensor:
-            return gamma.lookup_by_class(p, labels.long().clamp(0, num_classes - 1), self.edges, gammas)
+            return gamma_table.lookup_by_class(p, labels.long().clamp(0, num_classes - 1), self.edges, gammas)
 
         return functional.focal_loss(logits, labels, of_class, **options)
 
     def update(self, edges: Any, gap: Any, class_gap: Any = None, class_counts: Any = None) -> None:
-        """Move all tables after a look at held-out data.
+        """Move all tables by the calibration of held-out data.
 
         Args:
             edges: As in `AdaFocalLoss.update`.
@@ -229,7 +255,14 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
         self.set_table(edges, self._moved(self.gammas, gap), self._moved(own, class_gap), class_counts)
 
     def update_from(self, statistics: Any) -> None:
-        """As `AdaFocalLoss.update_from`; also reads `class_gap` and `class_counts` if the statistics have them."""
+        """Move all tables by the statistics of held-out data: `update` with what it needs of them.
+
+        Args:
+            statistics: Has `edges` and `gap`, and `class_gap` and `class_counts` if class tables are to move.
+
+        Raises:
+            ValueError: As `update`.
+        """
         of_classes = (getattr(statistics, name, None) for name in ("class_gap", "class_counts"))
         self.update(statistics.edges, statistics.gap, *of_classes)
 
@@ -245,28 +278,22 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
         Raises:
             ValueError: As `AdaFocalLoss.set_table`; the tables are then unchanged.
         """
-        class_gammas = torch.as_tensor(class_gammas, dtype=self.gammas.dtype, device=self.gammas.device)
-        class_counts = torch.as_tensor(class_counts, dtype=self.gammas.dtype, device=self.gammas.device)
-        class_gammas, class_counts = class_gammas.clone(), class_counts.clone()
-        if class_gammas.numel() == 0:
-            class_gammas = class_gammas.new_empty(0, self.num_bins)
-        num_classes = len(self.class_gammas) or len(class_gammas)
-        if class_gammas.shape not in ((0, self.num_bins), (num_classes, self.num_bins)):
+        own = table_numbers("class_gammas", class_gammas, None, self.gammas)
+        if own.numel() == 0:
+            own = own.new_empty(0, self.num_bins)
+        num_classes = len(self.class_gammas) or len(own)
+        if own.shape not in ((0, self.num_bins), (num_classes, self.num_bins)):
             raise ValueError(
-                f"class_gammas must have {num_classes} rows of {self.num_bins} bins, "
-                f"found shape {tuple(class_gammas.shape)}."
+                f"class_gammas must have {num_classes} rows of {self.num_bins} bins, found shape {tuple(own.shape)}."
             )
-        if class_counts.shape != class_gammas.shape[:1] or not (class_counts >= 0).all():
-            raise ValueError(
-                f"class_counts must be {len(class_gammas)} numbers from 0, found {class_counts.tolist()}."
-            )
-        if not torch.isfinite(class_gammas).all() or not torch.isfinite(class_counts).all():
-            raise ValueError("class_gammas and class_counts must be finite, found NaN or infinite numbers.")
+        counts = table_numbers("class_counts", class_counts, own.shape[:1], self.gammas)
+        if (counts < 0).any():
+            raise ValueError(f"class_counts must be numbers from 0, found {counts.tolist()}.")
         super().set_table(edges, gammas)
-        self._set_classes(class_gammas, class_counts)
+        self._set_classes(own.clone(), counts.clone())
 
     def table(self) -> dict[str, list]:
-        """The tables as plain lists, by the names of `set_table`'s arguments."""
+        """Return the tables as plain lists, by the names of `set_table`'s arguments."""
         of_classes = {"class_gammas": self.class_gammas.tolist(), "class_counts": self.class_counts.tolist()}
         return {**super().table(), **of_classes}
 

@@ -1,6 +1,9 @@
 """Base classes of the losses: the interface that all share, losses that sum over samples, and adaptive losses."""
 
-from typing import Any, ClassVar, Literal
+import copy
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +17,11 @@ class ClassificationLoss(nn.Module):
     Call it with logits and labels (`functional.focal_loss` gives shapes and errors), or hand it to a stock `Trainer`
     as `compute_loss_func`: it then takes the model's outputs, and `num_items_in_batch` so that accumulated
     micro-batches and several processes add up to one mean.
+
+    The mean of an optimizer step divides by the total of `count` over its micro-batches and processes. A stock
+    `Trainer` passes the number of labels that are not -100, which is that total unless the loss has class weights or
+    another `ignore_index`. With reduction "sum" the sums add up to the sum over the step, and `num_items_in_batch`
+    changes nothing. Buffers such as class weights move to the device of the logits.
 
     Attributes:
         takes_weights: Whether the constructor takes class weights as `weight`.
@@ -31,8 +39,11 @@ class ClassificationLoss(nn.Module):
         Args:
             logits: Shape `(N, C, d1, ...)`, or a model output that carries them as `logits`.
             labels: Class indices, shape `(N, d1, ...)`.
-            num_items_in_batch: Total of `count` over the whole optimizer step; the sum is divided by it instead of
-                being reduced.
+            num_items_in_batch: Total of `count` over the whole optimizer step: what this batch adds to the mean over
+                the step is returned. Ignored with reduction "sum".
+
+        Raises:
+            ValueError: As `functional.focal_loss`, or if reduction is "none" and `num_items_in_batch` is given.
         """
         raise NotImplementedError(f"{type(self).__name__} must define `forward`.")
 
@@ -57,32 +68,58 @@ class PerSampleLoss(ClassificationLoss):
     """Base class for losses that sum over samples; subclasses implement `formula`.
 
     Args:
-        weight: Weight of each class, shape `(C,)`.
-        ignore_index: Label of samples that contribute nothing.
+        weight: Weight of each class, shape `(C,)`, finite numbers from 0: a tensor or any sequence.
+        ignore_index: Label of samples that contribute nothing; it can be set later too.
         reduction: "mean", "sum" or "none".
+
+    Raises:
+        ValueError: If a class weight is negative or not finite, or `reduction` is unknown.
+
+    >>> class SquaredLoss(PerSampleLoss):
+    ...     def formula(self, logits, labels, *, weight, ignore_index, reduction):
+    ...         p = logits.softmax(1).gather(1, labels[:, None])[:, 0]
+    ...         return (1 - p).square().sum() / (len(labels) if reduction == "mean" else 1)
+    >>> SquaredLoss()(torch.zeros(3, 2), torch.tensor([0, 1, 0]))
+    tensor(0.2500)
     """
 
     weight: Tensor | None
 
-    def __init__(self, *, weight: Tensor | None = None, ignore_index: int = -100, reduction: str = "mean") -> None:
+    def __init__(
+        self, *, weight: Tensor | Sequence[float] | None = None, ignore_index: int = -100, reduction: str = "mean"
+    ) -> None:
         super().__init__()
-        self.register_buffer("weight", weight, persistent=False)
+        functional.check_reduction(reduction)
+        self.register_buffer("weight", None if weight is None else _class_weights(weight), persistent=False)
         self.ignore_index = ignore_index
         self.reduction = reduction
 
     def forward(self, logits: Tensor | Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Compute the loss of a batch, as `ClassificationLoss.forward`."""
         logits = getattr(logits, "logits", logits)
-        reduction = self.reduction if num_items_in_batch is None else "sum"
-        loss = self.formula(logits, labels, weight=self.weight, ignore_index=self.ignore_index, reduction=reduction)
-        return loss if num_items_in_batch is None else loss / num_items_in_batch
+        loss = self._on(logits.device)
+        options = {"weight": loss.weight, "ignore_index": self.ignore_index}
+        if num_items_in_batch is None or self.reduction == "sum":
+            return loss.formula(logits, labels, reduction=self.reduction, **options)
+        if self.reduction == "none":
+            raise ValueError(
+                "A loss with reduction 'none' has no mean over an optimizer step: build it with reduction='mean' or "
+                "'sum', or call it without num_items_in_batch."
+            )
+        return loss.formula(logits, labels, reduction="sum", **options) / num_items_in_batch
+
+    def _on(self, device: torch.device) -> Self:
+        """This loss with its buffers on a device; nothing can be moved back from "meta", so there it is a copy."""
+        if all(buffer.device == device for buffer in self.buffers()):
+            return self
+        return (copy.deepcopy(self) if device.type == "meta" else self).to(device)
 
     def count(self, labels: Tensor) -> Tensor:
         """Number of labels that count, or the sum of their class weights, as `ClassificationLoss.count`."""
         if self.weight is None:
             return super().count(labels)
         counted = labels != self.ignore_index
-        return (self.weight.to(labels.device)[labels.long().where(counted, 0)] * counted).sum()
+        return self.weight.to(labels.device)[labels.long().where(counted, 0)].where(counted, 0).sum()
 
     def formula(self, logits: Tensor, labels: Tensor, **options) -> Tensor:
         """Compute a loss of `functional` with this module's settings.
@@ -142,11 +179,12 @@ class AdaptiveLoss(ClassificationLoss):
         """Return the whole state as JSON can hold it, by the names of `set_table`'s arguments."""
         raise NotImplementedError
 
-    def set_table(self, **table: Any) -> None:
+    def set_table(self, *args: Any, **table: Any) -> None:
         """Replace the state, as when a run resumes.
 
         Args:
-            **table: What `table` returned.
+            *args: Entries in the order of `table`.
+            **table: Entries by name, as `table` returns them.
 
         Raises:
             ValueError: If it does not fit this loss, which is then unchanged.
@@ -173,25 +211,51 @@ class AdaptiveLoss(ClassificationLoss):
         raise TypeError(f"{type(self).__name__} follows the {self.follows}: it has no `steer`.")
 
 
-def table_numbers(name: str, values: Any, shape: tuple[int, ...], like: Tensor) -> Tensor:
+def finite(name: str, value: float, lowest: float = -math.inf) -> float:
+    """Check that a setting is a finite number.
+
+    Args:
+        name: Its name, for the error.
+        value: The setting.
+        lowest: Least value it may have.
+
+    Raises:
+        ValueError: If it is not.
+    """
+    if not (lowest <= value and math.isfinite(value)):
+        least = "" if lowest == -math.inf else f" from {lowest:g}"
+        raise ValueError(f"{name} must be a finite number{least}, found {value}.")
+    return value
+
+
+def _class_weights(weight: Tensor | Sequence[float]) -> Tensor:
+    found = torch.as_tensor(weight)
+    if not found.is_floating_point():
+        found = found.to(torch.get_default_dtype())
+    if found.device.type != "meta" and not ((found >= 0) & found.isfinite()).all():
+        raise ValueError(f"Class weights must be finite numbers from 0, found {found.tolist()}.")
+    return found
+
+
+def table_numbers(name: str, values: Any, shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
     """Convert an entry of an adaptive loss's table to a tensor, checked.
 
     Args:
         name: Name of the entry, for the error.
         values: Numbers, nested in lists, an array or a tensor.
-        shape: Shape the entry must have.
+        shape: Shape the entry must have; None for any.
         like: Tensor that gives dtype and device.
 
     Raises:
         ValueError: If the values are no finite numbers of this shape.
     """
     try:
-        found = torch.as_tensor(values)
-        fits = found.dtype != torch.bool and found.shape == shape
-        found = found.to(like)  # first: large float64 numbers are infinite in float32
-        fits = fits and bool(torch.isfinite(found).all())
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{name} must be finite numbers of shape {tuple(shape)}, found {values!r}.") from error
-    if not fits:
-        raise ValueError(f"{name} must be finite numbers of shape {tuple(shape)}, found {values!r}.")
+        given = torch.as_tensor(values)
+        found = given.to(like)  # large float64 numbers are infinite in float32
+        sound = given.dtype != torch.bool and bool(found.isfinite().all())
+    except (TypeError, ValueError, RuntimeError):
+        sound = False
+    if not sound or (shape is not None and found.shape != shape):
+        expected = "finite numbers" + ("" if shape is None else f" of shape {tuple(shape)}")
+        raise ValueError(f"{name} must be {expected}, found {values!r}.")
     return found

@@ -1,4 +1,4 @@
-"""Losses that look at a whole batch: a loss of single samples and a term of `auxiliary`, as one module."""
+"""A per-sample loss plus a weighted term of the whole batch, as one module."""
 
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from hf_adafocal.losses import batch_terms as auxiliary
+from hf_adafocal.losses import aurc, calibration_penalties
 from hf_adafocal.losses.base import AdaptiveLoss, ClassificationLoss, PerSampleLoss
-from hf_adafocal.losses.modules import CrossEntropyLoss
+from hf_adafocal.losses.focal import CrossEntropyLoss
 
 
 class Term(NamedTuple):
-    """A term of a batch and how its authors use it.
+    """A term of the whole batch and how its authors use it.
 
     Attributes:
         function: From logits and labels to one number.
@@ -26,30 +26,30 @@ class Term(NamedTuple):
 
 
 TERMS = {
-    "mmce": Term(auxiliary.mmce, 2.0),
-    "mmce_w": Term(auxiliary.mmce_weighted, 2.0),
-    "dca": Term(auxiliary.dca, 5.0),
-    "mdca": Term(auxiliary.mdca, 1.0),
-    "soft_ece": Term(auxiliary.soft_binned_ece, 1.0),
-    "soft_ece_label_binned": Term(auxiliary.soft_label_binned_ece, 1.0),
-    "dece": Term(auxiliary.differentiable_ece, 0.5),
-    "aurc": Term(auxiliary.aurc, 1.0, replaces=True),
-    "aurc_regularised": Term(auxiliary.regularised_aurc, 0.3, replaces=True),
-    "selective_au": Term(auxiliary.selective_au, 1.0, replaces=True),
+    "mmce": Term(calibration_penalties.mmce, 2.0),
+    "mmce_w": Term(calibration_penalties.mmce_weighted, 2.0),
+    "dca": Term(calibration_penalties.dca, 5.0),
+    "mdca": Term(calibration_penalties.mdca, 1.0),
+    "soft_ece": Term(calibration_penalties.soft_binned_ece, 1.0),
+    "soft_ece_label_binned": Term(calibration_penalties.soft_label_binned_ece, 1.0),
+    "dece": Term(calibration_penalties.differentiable_ece, 0.5),
+    "aurc": Term(aurc.aurc, 1.0, replaces=True),
+    "aurc_regularised": Term(aurc.regularised_aurc, 0.3, replaces=True),
+    "selective_au": Term(aurc.selective_au, 1.0, replaces=True),
 }
 
 
 class CombinedLoss(ClassificationLoss):
-    """A loss of single samples plus a weighted term of the batch: `base + auxiliary_weight * term`.
+    """Per-sample loss plus a weighted term of the whole batch: `base + auxiliary_weight * term`.
 
     "aurc", "aurc_regularised" and "selective_au" are losses themselves and take a share of the base instead:
     `(1 - auxiliary_weight) base + auxiliary_weight term`, and at weight 1 all of it.
 
-    The batch is what one call sees: the micro-batch of one device, ignored labels left out, the positions of dense
+    The batch is that of one call: the micro-batch of one device, ignored labels left out, the positions of dense
     targets as samples. A term is no mean over samples, so its value depends on that batch: four accumulated batches
     of 8 are not one of 32, on any number of processes. What is kept is the scale: with `num_items_in_batch` a
-    micro-batch with n counted labels adds `term * n / num_items_in_batch`, so that the optimizer step follows the mean
-    of its micro-batches' terms, weighted by their labels, beside a base that is exactly the base's mean.
+    micro-batch adds `term * count / num_items_in_batch`, `count` its labels or the sum of their class weights, so that
+    the optimizer step follows the mean of its micro-batches' terms beside a base that is exactly the base's mean.
 
     Default weights: 2 for MMCE and MMCE_w (Mukhoti et al.'s comparison; the MMCE code has 4, and both divide twice in
     MMCE_w, so that there it weighs less); 5 for DCA as in copies of its authors' code (MDCA's authors run DCA with 1);
@@ -58,18 +58,13 @@ class CombinedLoss(ClassificationLoss):
 
     Args:
         term: Which term, a name in `TERMS`.
-        base: The loss of single samples, cross-entropy if left out. With an `AdaFocalLoss` its table moves as it
+        base: The per-sample loss, cross-entropy if left out. With an `AdaFocalLoss` its table moves as it
             does alone. Class weights belong here. It must have reduction "mean".
         auxiliary_weight: Weight of the term; the authors' if left out.
         weight: Class weights make no sense for a term: an error. Give them to the base.
         ignore_index: Label of samples that do not count; that of the base if left out.
-        reduction: "mean", or "sum" for the mean times the counted labels. A term has no part for each sample, so
-            "none" is an error.
-        **settings: Further arguments of the term's function in `auxiliary`.
-
-    Attributes:
-        seen: Only with "selective_au": counts of the scores of the epoch so far, on this process, gathered in
-            training mode. `forget` empties them; the Trainer does so as an epoch begins, also when it resumes.
+        reduction: "mean", or "sum" for the mean times `count`. A term has no value per sample, so "none" is an error.
+        **settings: Further arguments of the term's function in `calibration_penalties` or `aurc`.
 
     Raises:
         ValueError: If a name, a number or a combination makes no sense.
@@ -80,7 +75,6 @@ class CombinedLoss(ClassificationLoss):
     """
 
     takes_weights = False
-    seen: Tensor | None
 
     def __init__(
         self,
@@ -107,8 +101,6 @@ class CombinedLoss(ClassificationLoss):
         _check_weights(term, base, self.auxiliary_weight, self.base_weight)
         _check_base(base, ignore_index)
         self.base = base
-        running = term == "selective_au"
-        self.register_buffer("seen", torch.zeros(settings.get("num_bins", 64)) if running else None)
 
     @property
     def ignore_index(self) -> int:
@@ -129,38 +121,15 @@ class CombinedLoss(ClassificationLoss):
         return self.base.count(labels)
 
     def forward(self, logits: Tensor | Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
-        """Loss in nats.
-
-        Args:
-            logits: Shape `(N, C, d1, ...)`, or a model output that carries them as `logits`.
-            labels: Class indices, shape `(N, d1, ...)`.
-            num_items_in_batch: Labels in the whole optimizer step; what this batch adds is its share of them.
-        """
+        """Compute the loss of a batch, as `ClassificationLoss.forward`."""
         logits = getattr(logits, "logits", logits)
-        divisor = 1 if self.reduction == "sum" and num_items_in_batch is None else num_items_in_batch
-        term = self._term(logits, labels)
+        divisor = 1 if self.reduction == "sum" else num_items_in_batch
+        term = self.function(logits, labels, **self.settings, ignore_index=self.ignore_index)
         if divisor is not None:
-            term = term * (labels != self.ignore_index).sum() / divisor
+            term = term * self.count(labels) / divisor
         if self.base_weight == 0:
             return self.auxiliary_weight * term
         return self.base_weight * self.base(logits, labels, divisor) + self.auxiliary_weight * term
-
-    def _term(self, logits: Tensor, labels: Tensor) -> Tensor:
-        settings = {**self.settings, "ignore_index": self.ignore_index}
-        if self.seen is None:
-            return self.function(logits, labels, **settings)
-        value = self.function(logits, labels, seen=self.seen, **settings)
-        if self.training:
-            of_histogram = {name: settings[name] for name in ("num_bins", "score", "ignore_index") if name in settings}
-            # Not in place: a compiled backward pass would read the new counts.
-            counts = auxiliary.score_histogram(logits, labels, **of_histogram)
-            self.seen = self.seen + counts.to(self.seen.dtype)
-        return value
-
-    def forget(self) -> None:
-        """Empty what the epoch has gathered; call it as an epoch begins. Without a histogram it does nothing."""
-        if self.seen is not None:
-            self.seen = torch.zeros_like(self.seen)
 
     def extra_repr(self) -> str:
         """Show the term, its weight and its settings when printed."""
@@ -177,7 +146,7 @@ def _check_arguments(term: str, weight: Tensor | None, reduction: str) -> None:
     if reduction not in ("mean", "sum"):
         raise ValueError(
             f"reduction must be 'mean' or 'sum', found {reduction!r}: {term!r} is a number of the whole batch and has "
-            "no part for each sample. For single samples call the base."
+            "no value per sample. For values per sample call the base."
         )
 
 
@@ -194,7 +163,7 @@ def _check_weights(term: str, base: PerSampleLoss, auxiliary_weight: float, base
 
 def _check_base(base: PerSampleLoss, ignore_index: int | None) -> None:
     if not isinstance(base, PerSampleLoss):
-        raise ValueError(f"base must be a loss of single samples of this package, found {type(base).__name__}.")
+        raise ValueError(f"base must be a per-sample loss of this package, found {type(base).__name__}.")
     if base.reduction != "mean":
         raise ValueError(f"The base must have reduction 'mean', found {base.reduction!r}; set it on CombinedLoss.")
     if ignore_index is not None and ignore_index != base.ignore_index:

@@ -1,25 +1,44 @@
 r"""Losses as pure functions of logits and labels.
 
-The focal family is one function of the cross-entropy of each sample. With `ce = -log p` from `per_sample` and
-`p = exp(-ce)`, every member is `(1 - sign(gamma) p)^|gamma| ce`: cross-entropy (gamma 0), focal loss (gamma > 0),
-inverse focal loss (gamma < 0), FLSD-53 and AdaFocal (gamma looked up from p). So each costs what cross-entropy costs
-and takes dense targets and `ignore_index` from it. Dual focal loss puts `p - q_j` in the place of p.
+The focal family is one function of the cross-entropy of each sample. With `ce = -log p` and `p = exp(-ce)`, every
+member is `(1 - sign(gamma) p)^|gamma| ce`: cross-entropy (gamma 0), focal loss (gamma > 0), inverse focal loss
+(gamma < 0), FLSD-53 and AdaFocal (gamma looked up from p). So each costs about what cross-entropy costs and takes
+dense targets and `ignore_index` from it. Dual focal loss puts `p - q_j` in the place of p.
 
 Label smoothing, the Brier score and the confidence penalty need all probabilities of a sample. Arguments that all
 losses share are explained in `focal_loss`.
+
+A class that is impossible for a sample, such as a padded option of multiple choice, may have a logit of -inf or what
+masks write instead of it (-1e9, the lowest number of a dtype): it has probability 0, no gradient, and takes no part
+in label smoothing.
 """
 
 import math
-from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from hf_adafocal.losses import cross_entropy as per_sample
+from hf_adafocal.losses import cross_entropy_kernel, focal_kernel
+from hf_adafocal.losses.focal_kernel import Gamma, modulate
 
-Gamma = float | Tensor | Callable[[Tensor], Tensor]
+__all__ = [
+    "SMOOTHING_RANGE",
+    "Gamma",
+    "brier_loss",
+    "check_penalty",
+    "check_reduction",
+    "check_smoothing",
+    "confidence_penalty_loss",
+    "cross_entropy",
+    "dual_focal_loss",
+    "focal_loss",
+    "label_smoothing_loss",
+    "modulate",
+]
+
 SMOOTHING_RANGE = (-0.1, 0.5)
+LEAST_LOG_P = -5e3  # below it a class is impossible: no trained network comes near, and masks begin at -1e4
 
 
 def cross_entropy(
@@ -76,8 +95,11 @@ def focal_loss(
     """
     _check(logits, labels, weight, reduction)
     labels = labels.long()
-    ce = per_sample.cross_entropy(_wide(logits), labels, ignore_index)
-    return _reduce(modulate(ce, gamma), labels, weight, ignore_index, reduction)
+    if weight is None and reduction != "none":
+        total = focal_kernel.focal(_wide(logits), labels, gamma, ignore_index, summed=True)
+        return total if reduction == "sum" else total / (labels != ignore_index).sum()
+    loss = focal_kernel.focal(_wide(logits), labels, gamma, ignore_index)
+    return _reduce(loss, labels, weight, ignore_index, reduction)
 
 
 def dual_focal_loss(
@@ -116,9 +138,10 @@ def dual_focal_loss(
     """
     _check(logits, labels, weight, reduction)
     labels, logits = labels.long(), _wide(logits)
-    ce = per_sample.cross_entropy(logits, labels, ignore_index)
+    ce = cross_entropy_kernel.cross_entropy(logits, labels, ignore_index)
     lead = _lead_over_the_next(logits, _indices(labels, ignore_index))
-    loss = _reweight(ce, torch.expm1(-ce) - torch.exp(-lead - ce), gamma)
+    minus_q = torch.expm1(-ce) - torch.exp(-lead - ce) - torch.finfo(ce.dtype).tiny
+    loss = focal_kernel.reweight(ce, minus_q, gamma)
     return _reduce(loss, labels, weight, ignore_index, reduction)
 
 
@@ -131,11 +154,11 @@ def label_smoothing_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Label smoothing as PyTorch means it: `(1 - eps) ce + eps mean_j(-log p_j)`, the mean over all classes.
+    r"""Label smoothing as in PyTorch: `(1 - eps) ce + eps mean_j(-log p_j)`, the mean over the possible classes.
 
-    So the label's target is `1 - eps + eps / C`. (Others spread eps over the other classes only, which is PyTorch's
-    eps times `C / (C - 1)`.) Below 0 it sharpens: then the loss has no lower bound, though it is finite for finite
-    logits.
+    So the label's target is `1 - eps + eps / C`, C the classes whose logit is not that of a mask. (Others spread eps
+    over the other classes only, which is PyTorch's eps times `C / (C - 1)`.) Below 0 it sharpens: then the loss has no
+    lower bound, though it is finite for finite logits.
 
     Args:
         logits: As in `focal_loss`.
@@ -161,13 +184,14 @@ def label_smoothing_loss(
         check_smoothing(smoothing)
     labels = labels.long()
     log_p = F.log_softmax(_wide(logits), dim=1)
-    ce = per_sample.nll(log_p, labels, ignore_index)
+    ce = cross_entropy_kernel.nll(log_p, labels, ignore_index)
+    possible = log_p > LEAST_LOG_P
     scale = None
     if weight is not None:
-        weight = weight.to(ce.dtype)
+        weight = weight.to(ce)
         scale = _of_label(weight, labels, ignore_index)
         ce, log_p = ce * scale, log_p * weight.view(-1, *[1] * (log_p.ndim - 2))
-    uniform = -log_p.mean(1).where(labels != ignore_index, 0)
+    uniform = -(log_p.where(possible, 0).sum(1) / possible.sum(1)).where(labels != ignore_index, 0)
     return _total((1 - smoothing) * ce + smoothing * uniform, labels, scale, ignore_index, reduction)
 
 
@@ -191,7 +215,7 @@ def brier_loss(
     _check(logits, labels, weight, reduction)
     labels = labels.long()
     p = F.softmax(_wide(logits), dim=1)
-    per_sample.nll(p.detach(), labels, ignore_index)  # checks the labels
+    cross_entropy_kernel.nll(p.detach(), labels, ignore_index)  # checks the labels
     others = p.scatter(1, _indices(labels, ignore_index), 0)  # their sum is 1 - p without cancellation
     loss = (others.sum(1).square() + others.square().sum(1)).where(labels != ignore_index, 0)
     return _reduce(loss, labels, weight, ignore_index, reduction)
@@ -231,11 +255,21 @@ def confidence_penalty_loss(
     check_penalty(penalty)
     labels = labels.long()
     log_p = F.log_softmax(_wide(logits), dim=1)
-    ce = per_sample.nll(log_p, labels, ignore_index)
+    ce = cross_entropy_kernel.nll(log_p, labels, ignore_index)
     lowest = torch.finfo(log_p.dtype).min  # a class with logit -inf adds 0 to the entropy, not NaN
     negentropy = (log_p.exp() * log_p.clamp_min(lowest)).sum(1)
     loss = ce + penalty * negentropy.where(labels != ignore_index, 0)
     return _reduce(loss, labels, weight, ignore_index, reduction)
+
+
+def check_reduction(reduction: str) -> None:
+    """Check the name of a reduction.
+
+    Raises:
+        ValueError: If it is none of "mean", "sum" and "none".
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', found {reduction!r}.")
 
 
 def check_smoothing(smoothing: float) -> None:
@@ -257,40 +291,6 @@ def check_penalty(penalty: float) -> None:
     """
     if not 0 <= penalty < math.inf:
         raise ValueError(f"penalty must be a finite number from 0, found {penalty}.")
-
-
-def modulate(ce: Tensor, gamma: Gamma) -> Tensor:
-    """Turn the per-sample cross-entropy into a focal loss: `(1 - sign(gamma) p)^|gamma| ce` with `p = exp(-ce)`.
-
-    Works on the output of any cross-entropy kernel that returns one value a sample.
-
-    Args:
-        ce: Cross-entropy in nats, any shape, float32 or wider.
-        gamma: As in `focal_loss`; a tensor broadcasts to the shape of `ce`.
-
-    Returns:
-        The modulated loss, the shape of `ce`.
-
-    Raises:
-        ValueError: If gamma is a tensor that does not broadcast to the shape of `ce`.
-    """
-    return _reweight(ce, torch.expm1(-ce), gamma)  # p - 1 without cancellation
-
-
-def _reweight(ce: Tensor, minus_q: Tensor, gamma: Gamma) -> Tensor:
-    """`(1 - sign(gamma) m)^|gamma| ce`, given `minus_q = m - 1`."""
-    if callable(gamma):
-        gamma = gamma(1 + minus_q.detach())
-    tiny = torch.finfo(ce.dtype).tiny  # at p = 1 the base would be 0, where a power below 1 has no finite slope
-    if isinstance(gamma, Tensor):
-        _check_gamma(gamma, ce)
-        gamma = gamma.to(ce.dtype)
-        base = (gamma.sign() - 1 - tiny - minus_q).abs()  # 1 - sign p in few kernels: they cost more than their sums
-    elif gamma == 0:
-        return ce
-    else:
-        base = 2 + minus_q if gamma < 0 else tiny - minus_q
-    return base ** abs(gamma) * ce
 
 
 def _wide(logits: Tensor) -> Tensor:
@@ -317,7 +317,7 @@ def _of_label(weight: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 def _reduce(loss: Tensor, labels: Tensor, weight: Tensor | None, ignore_index: int, reduction: str) -> Tensor:
     scale = None
     if weight is not None:
-        scale = _of_label(weight.to(loss.dtype), labels, ignore_index)
+        scale = _of_label(weight.to(loss), labels, ignore_index)
         loss = loss * scale
     return _total(loss, labels, scale, ignore_index, reduction)
 
@@ -330,14 +330,6 @@ def _total(loss: Tensor, labels: Tensor, scale: Tensor | None, ignore_index: int
         return loss.sum()
     counted = labels != ignore_index
     return loss.sum() / (counted.sum() if scale is None else (counted * scale).sum())
-
-
-def _check_gamma(gamma: Tensor, ce: Tensor) -> None:
-    if gamma.shape == ce.shape:
-        return
-    fits = (size in (1, wanted) for size, wanted in zip(gamma.shape[::-1], ce.shape[::-1], strict=False))
-    if gamma.ndim > ce.ndim or not all(fits):
-        raise ValueError(f"gamma must broadcast to shape {tuple(ce.shape)}, found {tuple(gamma.shape)}.")
 
 
 def _check(logits: Tensor, labels: Tensor, weight: Tensor | None, reduction: str) -> None:
@@ -356,5 +348,4 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None, reduction: str
             f"weight must have one entry a class, shape ({logits.shape[1]},), found {tuple(weight.shape)} "
             f"for logits of shape {tuple(logits.shape)}."
         )
-    if reduction not in ("mean", "sum", "none"):
-        raise ValueError(f"reduction must be 'mean', 'sum' or 'none', found {reduction!r}.")
+    check_reduction(reduction)

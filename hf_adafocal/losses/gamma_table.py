@@ -8,7 +8,7 @@ FLSD_53_GAMMAS = (5.0, 3.0)
 
 
 def lookup(p: Tensor, edges: Tensor, gammas: Tensor) -> Tensor:
-    """Gamma of each sample from the bin its label's probability falls in.
+    """Look up gamma by the bin that the probability of the label falls in.
 
     Bins are `[lower, upper)` here, as in the paper's code; the first also holds everything below it and the last
     everything above. A bin between two equal edges is never hit.
@@ -24,11 +24,11 @@ def lookup(p: Tensor, edges: Tensor, gammas: Tensor) -> Tensor:
     >>> lookup(torch.tensor([0.1, 0.5, 1.0]), torch.tensor([0.0, 0.5, 1.0]), torch.tensor([3.0, -1.0]))
     tensor([ 3., -1., -1.])
     """
-    return gammas.take(torch.bucketize(p, edges[1:-1], right=True))
+    return gammas[torch.bucketize(p, edges[1:-1], right=True)]
 
 
 def lookup_by_class(p: Tensor, labels: Tensor, edges: Tensor, gammas: Tensor) -> Tensor:
-    """Gamma of each sample from the table of its label's class; bins as in `lookup`.
+    """Look up gamma in the table of the label's class; bins as in `lookup`.
 
     Args:
         p: Probability of the label, any shape.
@@ -43,7 +43,7 @@ def lookup_by_class(p: Tensor, labels: Tensor, edges: Tensor, gammas: Tensor) ->
     >>> lookup_by_class(torch.tensor([0.1, 0.1]), torch.tensor([0, 1]), torch.tensor([0, 1]), gammas)
     tensor([ 3, -1])
     """
-    return gammas.take(labels * gammas.shape[1] + torch.bucketize(p, edges[1:-1], right=True))
+    return gammas[labels, torch.bucketize(p, edges[1:-1], right=True)]
 
 
 def pool(own: Tensor, shared: Tensor, counts: Tensor, prior: float = 150.0) -> Tensor:
@@ -76,7 +76,7 @@ def update(
     gamma_min: float = -2.0,
     gamma_max: float = 20.0,
 ) -> Tensor:
-    """The paper's rule: over-confident bins get more focal loss, under-confident ones less, then inverse focal loss.
+    """Move gammas by AdaFocal's rule: up in over-confident bins, down and then to inverse focal loss in the others.
 
     `gamma exp(sign(gamma) lambda gap)`; a result within `switch` of 0 jumps to the other side of it, from focal
     (`+switch`) to inverse focal (`-switch`) loss and back; then it is clipped.

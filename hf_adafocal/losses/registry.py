@@ -6,22 +6,25 @@ from typing import Any
 
 from torch import nn
 
-from hf_adafocal.losses import modules
 from hf_adafocal.losses.adafocal import AdaDualFocalLoss, AdaFocalLoss, ClasswiseAdaFocalLoss
 from hf_adafocal.losses.base import ClassificationLoss, PerSampleLoss
 from hf_adafocal.losses.batch_loss import TERMS, CombinedLoss
+from hf_adafocal.losses.brier import BrierLoss
+from hf_adafocal.losses.confidence_penalty import ConfidencePenaltyLoss
+from hf_adafocal.losses.focal import CrossEntropyLoss, DualFocalLoss, FLSD53Loss, FocalLoss, InverseFocalLoss
+from hf_adafocal.losses.label_smoothing import AdaptiveLabelSmoothingLoss, LabelSmoothingLoss
 
 PER_SAMPLE_LOSSES: dict[str, type[PerSampleLoss]] = {
-    "cross_entropy": modules.CrossEntropyLoss,
-    "focal": modules.FocalLoss,
-    "flsd_53": modules.FLSD53Loss,
+    "cross_entropy": CrossEntropyLoss,
+    "focal": FocalLoss,
+    "flsd_53": FLSD53Loss,
     "adafocal": AdaFocalLoss,
-    "label_smoothing": modules.LabelSmoothingLoss,
-    "adaptive_label_smoothing": modules.AdaptiveLabelSmoothingLoss,
-    "brier": modules.BrierLoss,
-    "dual_focal": modules.DualFocalLoss,
-    "inverse_focal": modules.InverseFocalLoss,
-    "confidence_penalty": modules.ConfidencePenaltyLoss,
+    "label_smoothing": LabelSmoothingLoss,
+    "adaptive_label_smoothing": AdaptiveLabelSmoothingLoss,
+    "brier": BrierLoss,
+    "dual_focal": DualFocalLoss,
+    "inverse_focal": InverseFocalLoss,
+    "confidence_penalty": ConfidencePenaltyLoss,
     "ada_dual_focal": AdaDualFocalLoss,
     "classwise_adafocal": ClasswiseAdaFocalLoss,
 }
@@ -58,7 +61,7 @@ def build_loss(name: str, base: dict[str, Any] | None = None, **settings: Any) -
     if base is None:
         return LOSSES[name](**settings)
     if name not in TERMS:
-        raise ValueError(f"{name!r} is a loss of single samples and takes no base, found {base}.")
+        raise ValueError(f"{name!r} is a per-sample loss and takes no base, found {base}.")
     if base.get("name") not in PER_SAMPLE_LOSSES:
         raise ValueError(f"The base must be one of {', '.join(PER_SAMPLE_LOSSES)}; found {base.get('name')!r}.")
     return LOSSES[name](build_loss(**base), **settings)

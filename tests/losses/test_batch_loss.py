@@ -11,7 +11,6 @@ from transformers import Trainer, TrainingArguments
 from hf_adafocal import AdaFocalCallback, AdaFocalTrainer, CombinedLoss
 from hf_adafocal.losses import AdaDualFocalLoss, AdaFocalLoss, CrossEntropyLoss, FLSD53Loss, FocalLoss
 from hf_adafocal.losses.batch_loss import TERMS
-from hf_adafocal.losses.batch_terms import score_histogram, selective_au
 from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES, build_loss
 
 EACH = pytest.mark.parametrize("term", TERMS)
@@ -115,12 +114,11 @@ class TestValue:
         torch.compiler.reset()
         logits, labels = batch(dtype=torch.float32)
         labels[::5] = -100
-        module, twin = CombinedLoss(term), CombinedLoss(term)
-        compiled, eager = torch.compile(module, fullgraph=True, backend="aot_eager"), twin
-        for _ in range(2):  # selective AU remembers
-            found, expected = compiled(logits, labels, 30), eager(logits, labels, 30)
-            torch.testing.assert_close(found, expected)
-            torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
+        eager = CombinedLoss(term)
+        compiled = torch.compile(eager, fullgraph=True, backend="aot_eager")
+        found, expected = compiled(logits, labels, 30), eager(logits, labels, 30)
+        torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradient(found, logits), gradient(expected, logits))
 
     @pytest.mark.slow
     @pytest.mark.skipif(not any(map(shutil.which, ("g++", "clang++", "c++"))), reason="no C++ compiler")
@@ -146,7 +144,7 @@ class TestMicroBatches:
 
     @EACH
     def test_equal_micro_batches_average_to_the_mean_of_their_losses(self, term):
-        (logits, labels), loss_fn = batch(size=12), CombinedLoss(term).eval()
+        (logits, labels), loss_fn = batch(size=12), CombinedLoss(term)
         halves = [(logits[:6], labels[:6]), (logits[6:], labels[6:])]
         parts = sum(loss_fn(*half, num_items_in_batch=torch.tensor(12)) for half in halves)
         mean = sum(loss_fn(*half) for half in halves) / 2
@@ -155,12 +153,12 @@ class TestMicroBatches:
 
     @EACH
     def test_copies_of_one_micro_batch_add_up_to_it(self, term):
-        (logits, labels), loss_fn = batch(size=6), CombinedLoss(term).eval()
+        (logits, labels), loss_fn = batch(size=6), CombinedLoss(term)
         torch.testing.assert_close(4 * loss_fn(logits, labels, 24), loss_fn(logits, labels))
 
     @EACH
     def test_unequal_micro_batches_weigh_by_their_counted_labels(self, term):
-        (logits, labels), loss_fn = batch(size=12), CombinedLoss(term, auxiliary_weight=1.0).eval()
+        (logits, labels), loss_fn = batch(size=12), CombinedLoss(term, auxiliary_weight=1.0)
         labels[:3], labels[10] = -100, -100  # 1 and 7 counted
         parts = loss_fn(logits[:4], labels[:4], 8) + loss_fn(logits[4:], labels[4:], 8)
         terms = [TERMS[term].function(logits[cut], labels[cut]) for cut in (slice(4), slice(4, 12))]
@@ -213,38 +211,6 @@ class TestMicroBatches:
         expected = [torch.zeros_like(p) if p.grad is None else p.grad for p in network.parameters()]
         expected = -rate * torch.cat([g.flatten() for g in expected])
         assert (update - expected).norm() < 1e-5 * expected.norm()
-
-
-class TestHistogram:
-    """Selective AU remembers the scores of an epoch."""
-
-    def test_a_batch_is_weighted_by_all_scores_of_the_epoch_so_far(self):
-        first, second = batch(), batch()
-        loss_fn = CombinedLoss("selective_au", quantile=0.3)
-        loss_fn(*first)
-        expected = selective_au(*second, seen=score_histogram(*first), quantile=0.3)
-        torch.testing.assert_close(loss_fn(*second), expected)
-        assert loss_fn.seen.sum() == 24
-
-    def test_evaluating_adds_nothing_and_forgetting_empties_it(self):
-        loss_fn = CombinedLoss("selective_au", num_bins=10, score="margin")
-        loss_fn.eval()(*batch())
-        assert loss_fn.seen.tolist() == [0] * 10
-        loss_fn.train()(*batch())
-        assert loss_fn.seen.sum() == 12
-        loss_fn.forget()
-        assert loss_fn.seen.sum() == 0
-
-    def test_it_is_saved_with_the_loss_and_no_other_term_has_one(self):
-        assert set(CombinedLoss("selective_au").state_dict()) == {"seen"}
-        assert not CombinedLoss("aurc").state_dict()
-        CombinedLoss("aurc").forget()
-
-    def test_the_trainer_empties_it_as_an_epoch_begins(self, tmp_path):
-        loss, seen = CombinedLoss("selective_au"), []
-        loss.register_forward_hook(lambda *_: seen.append(loss.seen.sum().item()))
-        tiny.trainer(tmp_path, loss=loss, train_dataset=tiny.token_dataset(24)).train()
-        assert seen == [8, 16, 24, 8, 16, 24]
 
 
 class TestAdaFocalAsBase:
@@ -302,7 +268,7 @@ class TestErrors:
             ({"term": "ece"}, "term must be one of mmce, .*found 'ece'"),
             ({"term": "mmce", "weight": torch.ones(3)}, "Class weights make no sense.*base=CrossEntropyLoss"),
             ({"term": "aurc", "weight": torch.ones(3)}, "Class weights make no sense"),
-            ({"term": "mmce", "reduction": "none"}, "'mean' or 'sum', found 'none'.*no part for each sample"),
+            ({"term": "mmce", "reduction": "none"}, "'mean' or 'sum', found 'none'.*no value per sample"),
             ({"term": "mmce", "reduction": "avg"}, "'mean' or 'sum', found 'avg'"),
             ({"term": "mmce", "auxiliary_weight": -1.0}, "must be a finite number from 0, found -1.0"),
             ({"term": "mmce", "auxiliary_weight": math.nan}, "must be a finite number from 0, found nan"),
@@ -310,8 +276,11 @@ class TestErrors:
             ({"term": "aurc", "auxiliary_weight": 1.5}, r"must lie in \[0, 1\], found 1.5"),
             ({"term": "selective_au", "auxiliary_weight": -0.5}, r"must lie in \[0, 1\], found -0.5"),
             ({"term": "aurc", "base": AdaFocalLoss()}, "AdaFocalLoss would do nothing"),
-            ({"term": "mmce", "base": CombinedLoss("dca")}, "loss of single samples.*found CombinedLoss"),
-            ({"term": "mmce", "base": torch.nn.CrossEntropyLoss()}, "loss of single samples.*found CrossEntropyLoss"),
+            ({"term": "mmce", "base": CombinedLoss("dca")}, "per-sample loss.*found CombinedLoss"),
+            (
+                {"term": "mmce", "base": torch.nn.CrossEntropyLoss()},
+                "per-sample loss.*found CrossEntropyLoss",
+            ),
             ({"term": "mmce", "base": FocalLoss(reduction="sum")}, "reduction 'mean', found 'sum'"),
             ({"term": "mmce", "base": FocalLoss(ignore_index=0), "ignore_index": 1}, "is 1 here and 0 in the base"),
             ({"term": "soft_ece", "num_bins": 0}, "num_bins must be at least 1, found 0"),
@@ -355,7 +324,7 @@ class TestRegistry:
         ("settings", "message"),
         [
             ({"name": "hinge"}, "loss must be one of .*found 'hinge'"),
-            ({"name": "focal", "base": {"name": "focal"}}, "'focal' is a loss of single samples and takes no base"),
+            ({"name": "focal", "base": {"name": "focal"}}, "'focal' is a per-sample loss and takes no base"),
             ({"name": "mmce", "base": {"name": "dca"}}, "base must be one of .*found 'dca'"),
             ({"name": "mmce", "base": {}}, "base must be one of .*found None"),
         ],

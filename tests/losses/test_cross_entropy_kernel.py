@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch.autograd import forward_ad
 
-from hf_adafocal.losses import cross_entropy as per_sample
-from hf_adafocal.losses.cross_entropy import cross_entropy
+from hf_adafocal.losses import cross_entropy_kernel
+from hf_adafocal.losses.cross_entropy_kernel import cross_entropy
 from hf_adafocal.losses.functional import focal_loss, label_smoothing_loss
 
 IGNORED = -100
@@ -74,8 +74,8 @@ def large(samples=1024, classes=1024):
 @pytest.fixture
 def everywhere(monkeypatch):
     """Our kernel for few logits too."""
-    monkeypatch.setattr(per_sample, "LEAST_LOGITS", 0)
-    monkeypatch.setattr(per_sample, "LEAST_CLASSES", 0)
+    monkeypatch.setattr(cross_entropy_kernel, "LEAST_LOGITS", 0)
+    monkeypatch.setattr(cross_entropy_kernel, "LEAST_CLASSES", 0)
 
 
 @pytest.mark.usefixtures("everywhere")
@@ -128,7 +128,7 @@ class TestItIsPyTorchs:
             logits[[2, 9], labels[[2, 9]]] -= 1e3
             logits[3, labels[3]] -= 600  # p is near 1e-260, small but exact
         seen = []
-        monkeypatch.setattr(per_sample, "_cross_entropy", lambda *args: seen.append(args) or theirs(*args))
+        monkeypatch.setattr(cross_entropy_kernel, "_cross_entropy", lambda *args: seen.append(args) or theirs(*args))
         ours(logits, labels)
         ((rows, their_labels),) = seen
         assert rows.equal(logits[[2, 9]]) and their_labels.equal(labels[[2, 9]])
@@ -157,7 +157,7 @@ class TestItIsPyTorchs:
         labels.view(-1)[1] = wrong
         messages = []
         for least in (0, 2**20):
-            monkeypatch.setattr(per_sample, "LEAST_LOGITS", least)
+            monkeypatch.setattr(cross_entropy_kernel, "LEAST_LOGITS", least)
             with pytest.raises(ValueError, match=r"labels must lie in \[0, 5\) or equal ignore_index") as error:
                 cross_entropy(logits, labels, IGNORED)
             messages.append(str(error.value))
@@ -228,8 +228,9 @@ class TestWhere:
 
     def test_a_focal_loss_goes_there(self, monkeypatch):
         seen = []
-        by_p = per_sample._by_p
-        monkeypatch.setattr(per_sample, "_by_p", lambda *args, **kwargs: seen.append(1) or by_p(*args, **kwargs))
+        by_p = cross_entropy_kernel._by_p
+        noted = lambda *args, **kwargs: seen.append(1) or by_p(*args, **kwargs)  # noqa: E731
+        monkeypatch.setattr(cross_entropy_kernel, "_by_p", noted)
         focal_loss(*large())
         focal_loss(*batch())
         assert seen == [1]
@@ -240,7 +241,7 @@ class TestWhere:
 
     def test_logits_without_gradient_do_not(self, monkeypatch):
         logits, labels = large()
-        monkeypatch.setattr(per_sample, "_by_p", None)
+        monkeypatch.setattr(cross_entropy_kernel, "_by_p", None)
         cross_entropy(logits.detach(), labels, IGNORED)
         with torch.no_grad():
             cross_entropy(logits, labels, IGNORED)

@@ -1,4 +1,4 @@
-"""The cross-entropy of each sample: PyTorch's, and for many logits on the CPU one that writes less memory.
+"""Cross-entropy per sample: PyTorch's, and for many logits on the CPU one that writes less memory.
 
 `F.cross_entropy` writes three matrices of the logits' shape: log p, a gradient of it that is zero but for the labels,
 and the gradient of the logits. That gradient is `p - onehot`, so keeping p makes it two. Time follows where the
@@ -7,6 +7,7 @@ matrices outgrow the caches and have so many columns that what is done once a sa
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,8 +20,12 @@ _cross_entropy = partial(F.cross_entropy, reduction="none")
 _nll_loss = partial(F.nll_loss, reduction="none")
 
 
+def _nll_loss_forward(log_p: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    return torch.ops.aten.nll_loss_forward(log_p, labels, None, 0, ignore_index)
+
+
 def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Values of `F.cross_entropy` with reduction "none", to rounding, and gradients of any order.
+    """Cross-entropy of each sample: `F.cross_entropy` with reduction "none", to rounding, with gradients of any order.
 
     Args:
         logits: Unnormalised scores, shape `(N, C)` or `(N, C, d1, ...)`, float32 or float64.
@@ -36,15 +41,20 @@ def cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     >>> cross_entropy(torch.zeros(2, 2), torch.tensor([0, -100]), -100)
     tensor([0.6931, 0.0000])
     """
-    return _checked(_by_p if _gains_by_p(logits) else _cross_entropy, logits, labels, ignore_index)
+    return _checked(_by_p if gains_by_p(logits) else _cross_entropy, logits, labels, ignore_index)
 
 
 def nll(log_p: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """Minus the label's entry of `log_p`, or of any scores; else as `cross_entropy`."""
+    """Negative log-likelihood of each sample: minus the label's entry of `log_p`; else as `cross_entropy`."""
     return _checked(_nll_loss, log_p, labels, ignore_index)
 
 
-def _checked(kernel: Callable, scores: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+def nll_forward(log_p: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Compute `nll` of a matrix `(N, C)` outside autograd, with what `aten::nll_loss_backward` wants besides."""
+    return _checked(_nll_loss_forward, log_p, labels, ignore_index)
+
+
+def _checked(kernel: Callable, scores: Tensor, labels: Tensor, ignore_index: int) -> Any:
     try:
         return kernel(scores, labels, ignore_index=ignore_index)
     except IndexError as error:  # PyTorch's own check, made while it gathers, costs nothing
@@ -55,14 +65,22 @@ def _checked(kernel: Callable, scores: Tensor, labels: Tensor, ignore_index: int
         ) from error
 
 
-def _gains_by_p(logits: Tensor) -> bool:
+def gains_by_p(logits: Tensor) -> bool:
+    """Whether keeping p pays for these logits."""
     return (
         not torch.compiler.is_compiling()  # first: the rest would break or specialise the graph
         and logits.numel() >= LEAST_LOGITS
         and logits.shape[1] >= LEAST_CLASSES
-        and logits.requires_grad
-        and torch.is_grad_enabled()
         and logits.device.type == "cpu"
+        and is_plain(logits)
+    )
+
+
+def is_plain(logits: Tensor) -> bool:
+    """Whether a backward pass is to come, by autograd alone, so that an `autograd.Function` may do it."""
+    return (
+        logits.requires_grad
+        and torch.is_grad_enabled()
         and type(logits) is Tensor  # others, such as DTensor, have their own rules for PyTorch's operations
         and not torch._C._are_functorch_transforms_active()  # as asked by autograd.Function; nothing public tells
         and forward_ad.unpack_dual(logits).tangent is None

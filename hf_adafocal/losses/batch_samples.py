@@ -1,0 +1,75 @@
+"""The samples of a batch in one row each, for losses that compare them with each other."""
+
+import math
+from typing import NamedTuple
+
+from torch import Tensor
+
+from hf_adafocal.losses import functional
+
+MOST_PAIRED = 4096  # samples that are compared in pairs: some 0.4 GB
+
+
+class BatchSamples(NamedTuple):
+    """The samples of a batch, one row each; ignored ones stay, with weight 0, so that no shape depends on data."""
+
+    log_p: Tensor  # (N, C)
+    ce: Tensor  # (N,), 0 where ignored
+    labels: Tensor  # (N,), 0 where ignored
+    counted: Tensor  # (N,), 1 or 0, of the dtype of log_p
+    count: Tensor  # scalar, at least 1: a divisor
+
+    @property
+    def p(self) -> Tensor:
+        """Probabilities, shape `(N, C)`."""
+        return self.log_p.exp()
+
+    def top(self) -> tuple[Tensor, Tensor]:
+        """Return the confidence, and 1 where it is right else 0; both of shape `(N,)`."""
+        confidence, predicted = self.p.max(dim=1)
+        return confidence, (predicted == self.labels).to(confidence.dtype)
+
+    def mean(self, values: Tensor) -> Tensor:
+        """Average values of shape `(N,)` over the counted samples."""
+        return (values * self.counted).sum() / self.count
+
+
+def batch_samples(logits: Tensor, labels: Tensor, ignore_index: int) -> BatchSamples:
+    """Flatten and check logits and labels.
+
+    Raises:
+        ValueError: As `functional.focal_loss`.
+    """
+    ce = functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")  # and checks
+    rows = logits.movedim(1, -1).reshape(-1, logits.shape[1])
+    labels = labels.reshape(-1).long()
+    kept = labels != ignore_index
+    counted = kept.to(ce.dtype)
+    log_p = rows.log_softmax(dim=1, dtype=ce.dtype)
+    return BatchSamples(log_p, ce.reshape(-1), labels.where(kept, 0), counted, counted.sum().clamp_min(1))
+
+
+def refuse_pairs(term: str, labels: Tensor) -> None:
+    """Check that there are few enough samples to compare all pairs of them.
+
+    Raises:
+        ValueError: If there are more than `MOST_PAIRED`.
+    """
+    if labels.numel() > MOST_PAIRED:
+        raise ValueError(
+            f"{term} compares all pairs of samples and takes at most {MOST_PAIRED} per call, found {labels.numel()} "
+            "labels. Take smaller batches, or a term that needs no pairs: dca, mdca, soft_ece, dece, aurc."
+        )
+
+
+def check_bins(num_bins: int, **positive: float) -> None:
+    """Check the settings of a histogram of the confidences.
+
+    Raises:
+        ValueError: If there is no bin, or one of the others is not a finite number above 0.
+    """
+    if num_bins < 1:
+        raise ValueError(f"num_bins must be at least 1, found {num_bins}.")
+    for name, value in positive.items():
+        if not 0 < value < math.inf:
+            raise ValueError(f"{name} must be a finite number above 0, found {value}.")
