@@ -43,8 +43,8 @@ def aurc(logits: Tensor, labels: Tensor, *, score: str = "confidence", ignore_in
     with torch.no_grad():
         scores = _scores(batch, score).where(batch.counted > 0, math.inf)
         rank = _inverse(scores.argsort(stable=True)).to(scores.dtype) + 1
-        rank = rank.minimum(batch.count)  # those beyond are ignored
-        alpha = torch.digamma(batch.count + 1) - torch.digamma(batch.count - rank + 1)
+        rank = rank.minimum(batch.divisor)  # those beyond are ignored
+        alpha = torch.digamma(batch.divisor + 1) - torch.digamma(batch.divisor - rank + 1)
     return batch.mean(alpha * batch.ce)
 
 
@@ -87,8 +87,8 @@ def regularised_aurc(
     batch = batch_samples(logits, labels, ignore_index)
     with torch.set_grad_enabled(rank_gradient and torch.is_grad_enabled()):
         rank = _soft_rank(_scores(batch, score) / regularization_strength, batch.counted)
-        rank = rank.clamp_min(0).minimum(batch.count)  # rounding; and rows that are ignored
-        alpha = -torch.log1p(-rank / (batch.count + 1))
+        rank = rank.clamp_min(0).minimum(batch.divisor)  # rounding; and rows that are ignored
+        alpha = -torch.log1p(-rank / (batch.divisor + 1))
     return batch.mean(alpha * batch.ce)
 
 
@@ -166,7 +166,7 @@ def selective_au(
     capped = scores.minimum(_quantile(scores, quantile, batch))
     steps = ((capped[:, None] - centers) / sigma).sigmoid()
     share = (steps * counts).sum(dim=1) / counts.sum().clamp_min(1)
-    share = share.maximum(1 / (batch.count + 1)).minimum(batch.count / (batch.count + 1))
+    share = share.maximum(1 / (batch.divisor + 1)).minimum(batch.divisor / (batch.divisor + 1))
     return batch.mean(-torch.log1p(-share) * batch.ce)
 
 
@@ -178,7 +178,7 @@ def _histogram(scores: Tensor, counted: Tensor, num_bins: int) -> Tensor:
 def _quantile(scores: Tensor, quantile: float, batch: BatchSamples) -> Tensor:
     """Of the counted scores, linear in between, as `torch.quantile`."""
     ranked = scores.where(batch.counted > 0, 2.0).sort().values  # above every score
-    position = quantile * (batch.count - 1)
+    position = quantile * (batch.divisor - 1)
     below = position.floor()
     part = position - below
     low, high = (ranked.gather(0, index.long()[None])[0] for index in (below, position.ceil()))

@@ -17,7 +17,7 @@ class BatchSamples(NamedTuple):
     ce: Tensor  # (N,), 0 where ignored
     labels: Tensor  # (N,), 0 where ignored
     counted: Tensor  # (N,), 1 or 0, of the dtype of log_p
-    count: Tensor  # scalar, at least 1: a divisor
+    divisor: Tensor  # scalar, the number of counted samples, at least 1
 
     @property
     def p(self) -> Tensor:
@@ -31,7 +31,7 @@ class BatchSamples(NamedTuple):
 
     def mean(self, values: Tensor) -> Tensor:
         """Average values of shape `(N,)` over the counted samples."""
-        return (values * self.counted).sum() / self.count
+        return (values * self.counted).sum() / self.divisor
 
 
 def batch_samples(logits: Tensor, labels: Tensor, ignore_index: int) -> BatchSamples:

@@ -58,7 +58,7 @@ def mmce(logits: Tensor, labels: Tensor, *, reference_code: bool = False, ignore
     refuse_pairs("mmce", labels)
     batch = batch_samples(logits, labels, ignore_index)
     confidence, correct = batch.top()
-    square = _kernel_square((correct - confidence) * batch.counted / batch.count, confidence)
+    square = _kernel_square((correct - confidence) * batch.counted / batch.divisor, confidence)
     return square if reference_code else _root(square)
 
 
@@ -124,8 +124,8 @@ def mdca(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     Source: Hebbalaguppe et al. 2022, arXiv 2203.13834.
     """
     batch = batch_samples(logits, labels, ignore_index)
-    share = batch.p.new_zeros(batch.p.shape[1]).index_add(0, batch.labels, batch.counted) / batch.count
-    probability = (batch.p * batch.counted[:, None]).sum(dim=0) / batch.count
+    share = batch.p.new_zeros(batch.p.shape[1]).index_add(0, batch.labels, batch.counted) / batch.divisor
+    probability = (batch.p * batch.counted[:, None]).sum(dim=0) / batch.divisor
     return (probability - share).abs().mean()
 
 
@@ -164,7 +164,7 @@ def soft_binned_ece(
     member = _membership(confidence, anchors, temperature) * batch.counted[:, None]
     mass = member.sum(dim=0)
     gap = (member * (confidence - correct)[:, None]).sum(dim=0) / mass.clamp_min(1e-5)
-    return _root((mass / batch.count * gap.square()).sum())
+    return _root((mass / batch.divisor * gap.square()).sum())
 
 
 def soft_label_binned_ece(
@@ -187,7 +187,7 @@ def soft_label_binned_ece(
     member = member * batch.counted[:, None]
     mass = member.sum(dim=0).clamp_min(torch.finfo(member.dtype).tiny)
     accuracy = (member * correct[:, None]).sum(dim=0) / mass
-    return (member * (accuracy - confidence[:, None]).square()).sum() / batch.count
+    return (member * (accuracy - confidence[:, None]).square()).sum() / batch.divisor
 
 
 def _membership(confidence: Tensor, anchors: Tensor, temperature: float) -> Tensor:
@@ -239,4 +239,4 @@ def differentiable_ece(
     heights = confidence[:, None] * (steps + 1) - steps.cumsum(0) / num_bins
     member = ((heights / bin_temperature).softmax(dim=1) + 1e-6) / (1 + num_bins * 1e-6)
     gaps = member * ((accuracy - confidence) * batch.counted)[:, None]
-    return gaps.sum(dim=0).abs().sum() / batch.count
+    return gaps.sum(dim=0).abs().sum() / batch.divisor

@@ -73,6 +73,8 @@ class InverseFocalLoss(FocalFamilyLoss):
     tensor(1.0397)
     """
 
+    gamma: float
+
     def __init__(self, gamma: float = 2.0, **kwargs) -> None:
         super().__init__(**kwargs)
         self.gamma = -finite("gamma", gamma, 0)  # a focal loss is FocalLoss
@@ -134,6 +136,9 @@ class FLSD53Loss(FocalFamilyLoss):
     >>> FLSD53Loss()(torch.zeros(1, 2), torch.tensor([0]))  # log 2 / 8
     tensor(0.0866)
     """
+
+    edges: Tensor
+    gammas: Tensor
 
     def __init__(self, **kwargs) -> None:
         super().__init__(**kwargs)

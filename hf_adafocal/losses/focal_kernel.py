@@ -87,7 +87,7 @@ def reweight(ce: Tensor, minus_q: Tensor, gamma: Gamma) -> Tensor:
 
 def resolved(gamma: Gamma, p: Tensor, ce: Tensor) -> Tensor | float:
     """Call a gamma that is a function of p, and check a tensor against the shape of `ce`."""
-    found = gamma(p) if callable(gamma) else gamma
+    found: Tensor | float = gamma(p) if callable(gamma) else gamma
     if not isinstance(found, Tensor):
         return found
     if found.shape != ce.shape:
@@ -99,7 +99,7 @@ def resolved(gamma: Gamma, p: Tensor, ce: Tensor) -> Tensor | float:
 
 def _minus_one_minus_p(ce: Tensor) -> Tensor:
     """`p - 1` without cancellation and never 0, where a power below 1 has no finite slope."""
-    return torch.expm1(torch.rsub(ce, -torch.finfo(ce.dtype).tiny))
+    return torch.expm1(-torch.finfo(ce.dtype).tiny - ce)
 
 
 def _has_written_slope(logits: Tensor, gamma: Gamma) -> bool:

@@ -1,5 +1,7 @@
 """Adapt loss modules of `torch.nn` to the interface of this package."""
 
+from typing import Any
+
 from torch import nn
 
 from hf_adafocal.losses.base import ClassificationLoss
@@ -33,7 +35,7 @@ def as_classification_loss(loss: nn.Module) -> ClassificationLoss:
             "For a loss of your own subclass hf_adafocal.losses.base.PerSampleLoss and define `formula`; for targets "
             "that are not classes use the stock Trainer."
         )
-    settings = {"weight": loss.weight, "ignore_index": loss.ignore_index, "reduction": loss.reduction}
+    settings: dict[str, Any] = {"weight": loss.weight, "ignore_index": loss.ignore_index, "reduction": loss.reduction}
     if not loss.label_smoothing:
         return CrossEntropyLoss(**settings)
     if loss.label_smoothing > SMOOTHING_RANGE[1]:

@@ -234,11 +234,6 @@ class TestAdaFocalAsBase:
         for ours, theirs in zip(*(run.model.parameters() for run in runs), strict=True):
             assert torch.equal(ours, theirs)
 
-    def test_it_needs_calibration_data_as_adafocal_does(self, tmp_path):
-        loss = CombinedLoss("mmce", AdaFocalLoss())
-        with pytest.raises(ValueError, match="held-out calibration split, but there is none"):
-            AdaFocalTrainer(tiny.bert(), tiny.arguments(tmp_path), train_dataset=tiny.token_dataset(), loss=loss)
-
     def test_its_callback_serves_a_stock_trainer(self, tmp_path):
         loss = CombinedLoss("mdca", AdaFocalLoss(num_bins=2))
         stats = SimpleNamespace(edges=[0.1, 0.5, 0.9], gap=[0.1, -0.1])

@@ -13,6 +13,7 @@ from hf_adafocal import AdaFocalTrainingArguments
 from hf_adafocal.losses import (
     AdaDualFocalLoss,
     AdaFocalLoss,
+    AdaptiveLabelSmoothingLoss,
     BrierLoss,
     ClasswiseAdaFocalLoss,
     ConfidencePenaltyLoss,
@@ -33,7 +34,6 @@ from hf_adafocal.losses.functional import (
 )
 from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES as LOSSES
 from hf_adafocal.metrics.binning import bin_statistics, equal_mass_edges
-from hf_adafocal.training.callbacks import STATE_KEY, AdaFocalCallback
 
 FAMILY = pytest.mark.parametrize("make", LOSSES.values(), ids=LOSSES)
 ADAPTIVE = pytest.mark.parametrize("make", [AdaFocalLoss, AdaDualFocalLoss, ClasswiseAdaFocalLoss])
@@ -527,66 +527,62 @@ class TestClasswiseAdaFocalLoss:
         assert repr(ClasswiseAdaFocalLoss()).endswith("gamma_max=20.0, prior=150.0)")
 
 
-class TestUnderTheCallback:
-    """Every adaptive loss behind `AdaFocalCallback`, driven by hand."""
+class TestTable:
+    """The state of every adaptive loss, as a checkpoint holds it."""
 
-    def trained(self, loss_fn, state):
-        callback = AdaFocalCallback(loss_fn, lambda: class_statistics(loss_fn.num_bins))
-        args = SimpleNamespace(device="cpu", load_best_model_at_end=False)
-        callback.on_train_begin(args, state, None)
-        state.global_step += 1
-        callback.on_evaluate(args, state, None, metrics={"eval_runtime": 1.0})
-        return callback
-
-    @ADAPTIVE
-    def test_an_evaluation_moves_every_table(self, make):
-        loss_fn, expected = make(5), make(5)
-        self.trained(loss_fn, SimpleNamespace(stateful_callbacks={}, global_step=0))
-        expected.update_from(class_statistics(5))
-        assert loss_fn.table() == expected.table() != make(5).table()
-
-    @ADAPTIVE
-    def test_a_resumed_run_continues_with_every_table(self, make):
-        whole, resumed = make(5), make(5)
-        state = SimpleNamespace(stateful_callbacks={}, global_step=0)
-        self.trained(whole, state)
-        saved = json.loads(json.dumps(state.stateful_callbacks))
-        whole.update_from(class_statistics(5))
-        callback = self.trained(resumed, SimpleNamespace(stateful_callbacks=saved, global_step=1))
-        assert resumed.table() == whole.table()
-        assert callback.updates == 2
+    @pytest.mark.parametrize("make", [*ADAPTIVE.args[1], AdaptiveLabelSmoothingLoss])
+    def test_it_round_trips_through_json_to_the_bit(self, make):
+        trained, fresh = make(), make()
+        if trained.follows == "bins":
+            trained.update_from(class_statistics(trained.num_bins))
+        else:
+            trained.steer(1 / 3)
+        fresh.set_table(**json.loads(json.dumps(trained.table())))
+        assert fresh.table() == trained.table() != make().table()
+        assert all(torch.equal(*pair) for pair in zip(fresh.buffers(), trained.buffers(), strict=True))
+        fresh.reset()
+        assert fresh.readings() == make().readings() != trained.readings()
 
     @pytest.mark.parametrize(
-        ("damage", "message"),
+        "damage",
         [
-            ({"class_gammas": [[1.0] * 4] * 3}, "does not fit this run's loss: class_gammas must have 3 rows of 5"),
-            ({"class_gammas": "many"}, "does not fit this run's loss"),
-            ({"class_counts": [1.0]}, "does not fit this run's loss: class_counts must be finite numbers of shape"),
-            ({"class_gammas": [[math.nan] * 5] * 3}, "does not fit this run's loss: .* must be finite"),
+            *({"edges": damage} for damage in (None, "wide", [0.1] * 5, [0.5, 0.1, 0.6, 0.7, 0.8, 0.9], [True] * 6)),
+            *({"gammas": damage} for damage in (None, "many", [math.nan] * 5, [1e300] * 5, [[1.0] * 5], [1.0] * 4)),
+            {"class_gammas": [[1.0] * 4] * 3},
+            {"class_gammas": "many"},
+            {"class_gammas": [[math.nan] * 5] * 3},
+            {"class_gammas": [[1.0] * 5, [1.0]]},
+            {"class_counts": [1.0]},
+            {"class_counts": [1.0, -1.0, 1.0]},
         ],
-        ids=range(4),
+        ids=str,
     )
-    def test_damaged_tables_of_classes_are_an_error_and_change_nothing(self, damage, message):
-        state = SimpleNamespace(stateful_callbacks={}, global_step=0)
-        callback = self.trained(ClasswiseAdaFocalLoss(5), state)
-        saved, before = {**state.stateful_callbacks[STATE_KEY], **damage}, callback.loss.table()
-        with pytest.raises(ValueError, match=message):
-            callback.check_table(saved, "a file")
-        assert callback.loss.table() == before
+    def test_a_damaged_one_is_an_error_and_changes_nothing(self, damage):
+        loss_fn = ClasswiseAdaFocalLoss(5)
+        loss_fn.update_from(class_statistics(5))
+        before = loss_fn.table()
+        with pytest.raises(ValueError, match=next(iter(damage))):
+            loss_fn.set_table(**{**before, **damage})
+        assert loss_fn.table() == before
 
-    def test_checking_a_sound_table_does_not_take_it(self):
-        state = SimpleNamespace(stateful_callbacks={}, global_step=0)
-        self.trained(ClasswiseAdaFocalLoss(5), state)
-        callback = AdaFocalCallback(ClasswiseAdaFocalLoss(5), lambda: None)
-        callback.check_table(state.stateful_callbacks[STATE_KEY], "a file")
-        assert callback.loss.table() == ClasswiseAdaFocalLoss(5).table()
+    @pytest.mark.parametrize("damage", ["much", None, math.nan, 0.6, -0.2, [0.1], True])
+    def test_a_damaged_smoothing_is_an_error_and_changes_nothing(self, damage):
+        loss_fn = AdaptiveLabelSmoothingLoss(0.2)
+        with pytest.raises(ValueError, match="smoothing must"):
+            loss_fn.set_table(damage)
+        assert loss_fn.readings() == {"smoothing": pytest.approx(0.2)}
 
-    def test_the_checkpoint_of_a_plain_run_lacks_the_tables_of_classes(self):
-        state = SimpleNamespace(stateful_callbacks={}, global_step=0)
-        self.trained(AdaFocalLoss(5), state)
-        callback = AdaFocalCallback(ClasswiseAdaFocalLoss(5), lambda: None)
-        with pytest.raises(ValueError, match=r"lacks \['class_counts', 'class_gammas'\]"):
-            callback.check_table(state.stateful_callbacks[STATE_KEY], "a file")
+    def test_readings_are_the_least_mean_and_largest_gamma(self):
+        loss_fn = AdaFocalLoss(3)
+        loss_fn.set_table([0, 0.3, 0.6, 1], [-1.5, 0.5, 4.0])
+        assert loss_fn.readings() == {"gamma_min": -1.5, "gamma_mean": 1.0, "gamma_max": 4.0}
+
+    def test_a_loss_says_what_it_cannot_follow(self):
+        with pytest.raises(TypeError, match="AdaptiveLabelSmoothingLoss follows the temperature: it has no `update"):
+            AdaptiveLabelSmoothingLoss().update_from(class_statistics(5))
+        with pytest.raises(TypeError, match="AdaFocalLoss follows the bins: it has no `steer`"):
+            AdaFocalLoss().steer(1.0)
+        assert [make.needs_class_statistics for make in ADAPTIVE.args[1]] == [False, False, True]
 
 
 class TestAdaFocalLoss:
