@@ -79,9 +79,8 @@ def reweight(ce: Tensor, minus_q: Tensor, gamma: Gamma) -> Tensor:
     if not isinstance(gamma, Tensor) and gamma == 0:
         return ce
     if isinstance(gamma, Tensor):
-        base = (gamma.sign() - 1 - minus_q).abs()
-    else:
-        base = 2 + minus_q if gamma < 0 else minus_q.abs()
+        return (gamma.sign() - 1 - minus_q).abs() ** gamma.abs() * ce
+    base = 2 + minus_q if gamma < 0 else minus_q.abs()
     return base ** abs(gamma) * ce
 
 
