@@ -1,6 +1,6 @@
-"""Metrics for `evaluate.load`, one folder each: `<name>/<name>.py` wraps functions of this package and holds no maths.
+"""Metrics for `evaluate.load`, one folder each: `<name>/<name>.py` wraps functions of `hf_adafocal.metrics`.
 
-Only paths are handled here, so nothing heavy is imported until a metric is loaded.
+This module handles paths alone, so `evaluate` is imported only when a metric is loaded.
 """
 
 from pathlib import Path
@@ -9,7 +9,7 @@ _FOLDER = Path(__file__).resolve().parent
 
 
 def evaluate_module(name: str) -> str:
-    """Folder of a metric of this package, for `evaluate.load`; works offline.
+    """Return the folder of a metric of this package, for `evaluate.load`; works offline.
 
     Args:
         name: The metric's name, for example "ece" or "ada_ece".

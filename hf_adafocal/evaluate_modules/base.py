@@ -1,4 +1,4 @@
-"""What the `evaluate` wrappers share: a batch is checked and reduced before it is stored.
+"""Base classes of the `evaluate` metrics: each batch is validated and reduced before it is stored.
 
 Wrappers write `from hf_adafocal.evaluate_modules import base`, not the class: `evaluate.load` takes the first metric
 class it finds among a script's names, which would be the imported one.
@@ -32,16 +32,18 @@ Args:
     predictions: Scores, shape (N,), floating-point numbers; higher means more in-distribution.
     references: 1 where the sample is in-distribution and 0 where it is out of distribution, shape (N,).
 """
+Columns = Sequence | np.ndarray
+
 _TWO_NUMBERS = {"predictions": datasets.Value("float64"), "references": datasets.Value("int64")}
 
 
 class ReducedMetric(evaluate.Metric):
-    """A metric that stores what `_reduce` makes of a batch; subclasses define `_reduce`, `_info` and `_compute`.
+    """Base class of metrics that store a reduction of each batch; subclasses define `_reduce`, `_info`, `_compute`.
 
-    A batch is checked before it is stored, so a refused one leaves nothing behind.
+    A batch is validated before it is stored, so a rejected one leaves nothing behind.
     """
 
-    _configs = ("default",)
+    _configs: tuple[str, ...] = ("default",)
     _features = _TWO_NUMBERS
     _inputs = ""
 
@@ -51,7 +53,7 @@ class ReducedMetric(evaluate.Metric):
         super().__init__(config_name=config_name, **options)
 
     def metric_info(self, description: str, citation: str, options: str = "") -> evaluate.MetricInfo:
-        """What `_info` returns.
+        """Build the `MetricInfo` that `_info` returns.
 
         Args:
             description: What the metric measures.
@@ -86,20 +88,20 @@ class ReducedMetric(evaluate.Metric):
         predictions, references = self._reduce(as_array(prediction)[None], as_array(reference)[None])
         super().add(prediction=predictions[0], reference=references[0], **kwargs)
 
-    def _reduce(self, predictions: np.ndarray, references: np.ndarray) -> tuple[Sequence, Sequence]:
-        """The two columns that are stored of a batch, checked."""
+    def _reduce(self, predictions: np.ndarray, references: np.ndarray) -> tuple[Columns, Columns]:
+        """Validate a batch and return the two columns that are stored."""
         raise NotImplementedError
 
 
 class ScoreMetric(ReducedMetric):
-    """A metric of (score, in-distribution or not) pairs; subclasses define `_info` and `_compute`."""
+    """Base class of metrics of a score and a 0/1 reference per sample; subclasses define `_info` and `_compute`."""
 
     _inputs = _SCORES
 
     def _reduce(self, scores: np.ndarray, inside: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if scores.ndim != 1 or scores.shape != inside.shape or scores.size == 0:
             raise ValueError(
-                "Expected two vectors of one length N >= 1: a score and a 0/1 reference a sample; "
+                "Expected two vectors of one length N >= 1: a score and a 0/1 reference per sample; "
                 f"found shapes {scores.shape} and {inside.shape}. Reduce probabilities or logits to a score first."
             )
         if not np.issubdtype(scores.dtype, np.floating) or np.isnan(scores).any():
@@ -110,7 +112,7 @@ class ScoreMetric(ReducedMetric):
 
 
 class ProbabilityMetric(ReducedMetric):
-    """A metric of predicted probabilities; subclasses define `_of_classes`, `_info` and `_compute`.
+    """Base class of metrics of predicted probabilities; subclasses define `_of_classes`, `_info` and `_compute`.
 
     Args:
         config_name: "binary" if predictions are the probability of class 1, shape (N,); None for shape (N, C).
@@ -123,28 +125,28 @@ class ProbabilityMetric(ReducedMetric):
 
     _configs = ("default", "binary")
     _inputs = _PROBABILITIES
-    _form = ""  # what the samples stored so far came as
+    _form = ""  # of the samples stored so far
 
     def __init__(self, config_name: str | None = None, labels: Sequence[str] | None = None, **options: Any) -> None:
         self._class_names = None if labels is None else _checked_names(labels, config_name)
         super().__init__(config_name, **options)
 
-    def _of_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[Sequence, Sequence]:
-        """What is stored of probabilities `(N, C)` and class indices `(N,)`; checks them."""
+    def _of_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[Columns, Columns]:
+        """Validate probabilities `(N, C)` and class indices `(N,)` and return the stored columns."""
         raise NotImplementedError
 
-    def _of_binary(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[Sequence, Sequence]:
-        """What is stored of checked probabilities of class 1 (float64) and labels (int64), both `(N,)`."""
+    def _of_binary(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[Columns, Columns]:
+        """Return the stored columns of valid probabilities of class 1 (float64) and labels (int64), both `(N,)`."""
         return self._of_classes(np.column_stack([1 - probabilities, probabilities]), labels)
 
-    def _of_confidences(self, confidence: np.ndarray, correct: np.ndarray) -> tuple[Sequence, Sequence]:
-        """What is stored of confidences `(N,)` and correctness `(N,)`; checks them."""
+    def _of_confidences(self, confidence: np.ndarray, correct: np.ndarray) -> tuple[Columns, Columns]:
+        """Validate confidences `(N,)` and correctness `(N,)` and return the stored columns."""
         raise ValueError(
             f"Expected probabilities (N, C), found shape {confidence.shape}. For a binary classifier's probabilities "
             "of class 1 load the metric with evaluate.load(path, 'binary')."
         )
 
-    def _reduce(self, predictions: np.ndarray, references: np.ndarray) -> tuple[Sequence, Sequence]:
+    def _reduce(self, predictions: np.ndarray, references: np.ndarray) -> tuple[Columns, Columns]:
         if predictions.ndim == 1 and not np.issubdtype(predictions.dtype, np.floating):
             raise ValueError(
                 f"Predictions (N,) must be floating-point numbers, found {predictions.dtype}: predicted classes have "
@@ -167,7 +169,7 @@ class ProbabilityMetric(ReducedMetric):
         return stored
 
     def _indices(self, predictions: np.ndarray, references: np.ndarray) -> np.ndarray:
-        """References as numbers: class names become the indices of their columns."""
+        """Convert class names to the indices of their columns; other references are returned as they are."""
         found = [name for name in references.flat if isinstance(name, str)] if references.dtype.kind in "UO" else []
         if self._class_names is None:
             if found:
@@ -195,33 +197,33 @@ class ProbabilityMetric(ReducedMetric):
 
 
 class TopLabelMetric(ProbabilityMetric):
-    """A metric of (confidence, correct) pairs of the predicted class; subclasses define `_info` and `_compute`.
+    """Base class of metrics of confidence and correctness; subclasses define `_info` and `_compute`.
 
-    Storing two numbers a sample, not C, is what keeps 50,000 samples of 1,000 classes below a second.
+    Two numbers are stored per sample, not C: 50,000 samples of 1,000 classes take less than a second.
     """
 
     _inputs = _PROBABILITIES + _CONFIDENCES
 
-    def _of_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _of_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[Columns, Columns]:
         return self._of_confidences(*top_label(probabilities, labels))
 
-    def _of_confidences(self, confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    def _of_confidences(self, confidence: np.ndarray, correct: np.ndarray) -> tuple[Columns, Columns]:
         calibration_error(confidence, correct)  # for its checks: `compute` would raise after all batches
         return confidence.astype(np.float64), correct.astype(np.int64)
 
 
 class CalibrationMetric(TopLabelMetric):
-    """A `TopLabelMetric` that asks in the configuration "binary" how often class 1 is the label, not the predicted."""
+    """Base class of calibration metrics: for "binary" the pairs are the probability of class 1 and the label."""
 
     def _of_binary(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return probabilities, labels
 
 
 class MeanMetric(ProbabilityMetric):
-    """A mean over samples: of each batch its value and size are stored; subclasses define `_value`, and `_info`."""
+    """Base class of means over samples: stores value and size of each batch; subclasses define `_value`, `_info`."""
 
     def _value(self, probabilities: np.ndarray, labels: np.ndarray) -> float:
-        """The metric of probabilities `(N, C)` and class indices `(N,)`; checks them."""
+        """Validate probabilities `(N, C)` and class indices `(N,)` and return the metric."""
         raise NotImplementedError
 
     def _of_classes(self, probabilities: np.ndarray, labels: np.ndarray) -> tuple[list[float], list[int]]:
@@ -233,11 +235,11 @@ class MeanMetric(ProbabilityMetric):
 
 
 class RowMetric(ProbabilityMetric):
-    """A metric that needs the probability of every class; subclasses define `_info` and `_compute`.
+    """Base class of metrics that need the probability of every class; subclasses define `_info` and `_compute`.
 
-    The bins are known to `compute` only, so whole rows are stored: each batch as the bytes of a `.npy` file, which
-    takes the memory of the array, where a list a row takes seconds for 50,000 samples of 100 classes. Counts and sums
-    by class and bin would be larger than the rows for a batch of fewer than two or three samples a bin.
+    The bins are known in `compute` only, so whole rows are stored: each batch as the bytes of a `.npy` file, which
+    takes the memory of the array; one list per row takes seconds for 50,000 samples of 100 classes. Counts and sums
+    per class and bin would be larger than the rows for a batch of fewer than two or three samples per bin.
     """
 
     _features = {"predictions": datasets.Value("large_binary"), "references": datasets.Value("large_binary")}
@@ -248,7 +250,7 @@ class RowMetric(ProbabilityMetric):
 
     @staticmethod
     def rows(batches: list[bytes]) -> np.ndarray:
-        """The stored batches as one array."""
+        """Concatenate the stored batches."""
         return np.concatenate([np.load(io.BytesIO(batch), allow_pickle=False) for batch in batches])
 
 

@@ -1,14 +1,14 @@
-"""Estimators and tests of calibration beyond the plain binned error: debiased, swept, smooth, isotonic, cumulative.
+"""Calibration estimators and tests beyond the binned error: debiased, sweep, smooth, CORP, Kolmogorov-Smirnov.
 
-Everything takes pairs as `metrics.calibration_error` does: the confidence, a probability, and whether the prediction
-was correct, 0 or 1. `metrics.top_label` makes such pairs of class probabilities; a binary classifier has them as they
-are, the probability of class 1 and the label. No result depends on the order of the samples (beyond the last digits)
-or on chance. Samples of one confidence are never told apart.
+All functions take a confidence and a 0/1 outcome per sample, as `metrics.calibration_error` does. `metrics.top_label`
+computes them from class probabilities; for a binary classifier they are the probability of class 1 and the label. No
+result is random or depends on the order of the samples (beyond rounding); samples of equal confidence are treated
+alike.
 """
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -20,13 +20,14 @@ _GRID = 8192  # cells on [0, 1]; a bandwidth below 1 / _GRID is not resolved
 
 
 class CorpDecomposition(NamedTuple):
-    """`score = miscalibration - discrimination + uncertainty`, all in squared probability.
+    """CORP decomposition of the Brier score: `score = miscalibration - discrimination + uncertainty`.
 
     Attributes:
         score: Brier score of the pairs, the mean of `(confidence - correct)^2`, in [0, 1].
-        miscalibration: MCB, what isotonic recalibration would take off the score, >= 0; 0 is calibrated.
-        discrimination: DSC, what the recalibrated confidence gains over the base rate, >= 0; higher is better.
-        uncertainty: UNC, the score of always saying the base rate, in [0, 0.25].
+        miscalibration: MCB, the reduction of the score by isotonic recalibration, >= 0; 0 is calibrated.
+        discrimination: DSC, the reduction of the score by the recalibrated confidence over the base rate, >= 0;
+            higher is better.
+        uncertainty: UNC, the score of always predicting the base rate, in [0, 0.25].
     """
 
     score: float
@@ -39,8 +40,8 @@ class CalibrationTest(NamedTuple):
     """Outcome of a test whose null hypothesis is perfect calibration.
 
     Attributes:
-        statistic: As the function says.
-        p_value: Chance of a statistic at least this extreme if the confidence were calibrated, in [0, 1].
+        statistic: The test statistic, defined by the function.
+        p_value: Probability of a statistic at least this extreme if the confidence were calibrated, in [0, 1].
     """
 
     statistic: float
@@ -48,12 +49,12 @@ class CalibrationTest(NamedTuple):
 
 
 def debiased_calibration_error(
-    confidence: np.ndarray,
-    correct: np.ndarray,
+    confidence: Any,
+    correct: Any,
     num_bins: int = 15,
     scheme: Scheme = "equal_mass",
 ) -> float:
-    """L2 calibration error over bins, less what sampling noise alone adds to its square.
+    """Compute the debiased L2 calibration error: the bias that sampling noise adds to its square is subtracted.
 
     The squared gap of a bin of n samples is lowered by the estimated variance of its accuracy, `a (1 - a) / (n - 1)`.
     A bin of one sample has no such estimate and contributes 0, as an empty one does; it still counts in N. Hence
@@ -83,8 +84,8 @@ def debiased_calibration_error(
     return math.sqrt(max(square, 0.0))
 
 
-def monotone_num_bins(confidence: np.ndarray, correct: np.ndarray) -> int:
-    """The number of equal-mass bins that `ece_sweep` takes: the last before accuracy falls from one bin to the next.
+def monotone_num_bins(confidence: Any, correct: Any) -> int:
+    """Find the number of bins of `ece_sweep`: the largest before accuracy is no longer monotone over the bins.
 
     Bin counts 2, 3, ... are tried up to N; the first whose accuracies are not monotone ends the search, so a larger
     count may be monotone again. Empty bins, which tied confidences leave, are passed over.
@@ -125,12 +126,12 @@ def monotone_num_bins(confidence: np.ndarray, correct: np.ndarray) -> int:
     return size
 
 
-def ece_sweep(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """ECE over as many equal-mass bins as keep accuracy monotone in confidence: no number of bins to choose.
+def ece_sweep(confidence: Any, correct: Any) -> float:
+    """Compute ECE over as many equal-mass bins as keep accuracy monotone in confidence (ECE-sweep).
 
     It is `calibration_error(confidence, correct, monotone_num_bins(confidence, correct), scheme="equal_mass")`, in
-    the L1 norm. The authors' code splits tied confidences over bins; here they share one. The number of bins rests
-    on confidence ranking the samples well: a model that ranks them the wrong way round gets one bin, in which gaps of
+    the L1 norm. The authors' code splits tied confidences over bins; here they share one. The number of bins is only
+    sensible if confidence ranks the samples well: a model that ranks them in reverse gets one bin, in which gaps of
     both signs cancel.
 
     Args:
@@ -151,11 +152,11 @@ def ece_sweep(confidence: np.ndarray, correct: np.ndarray) -> float:
     return calibration_error(confidence, correct, monotone_num_bins(confidence, correct), scheme="equal_mass")
 
 
-def smooth_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """SmoothECE: the calibration error after smoothing by a Gaussian that is reflected at 0 and 1, without bins.
+def smooth_calibration_error(confidence: Any, correct: Any) -> float:
+    """Compute SmoothECE: the calibration error after smoothing by a Gaussian kernel reflected at 0 and 1.
 
     The bandwidth is the error itself: the one sigma where the error smoothed by sigma equals sigma. The residuals are
-    shared between the two nearest points of a grid of 8192 cells: an error below 1e-3 may come out a little low.
+    split between the two nearest points of a grid of 8192 cells: an error below 1e-3 may come out a little low.
 
     Args:
         confidence: Probability that the sample is correct, shape `(N,)`, in [0, 1].
@@ -183,8 +184,8 @@ def smooth_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> flo
     return min(smoothed_error(high), 1.0)
 
 
-def corp_decomposition(confidence: np.ndarray, correct: np.ndarray) -> CorpDecomposition:
-    """Brier score of the pairs split into miscalibration, discrimination and uncertainty, without bins.
+def corp_decomposition(confidence: Any, correct: Any) -> CorpDecomposition:
+    """Decompose the Brier score of the pairs into miscalibration, discrimination and uncertainty, without bins.
 
     The recalibrated confidence is the isotonic regression of correctness on confidence; samples of one confidence get
     one value. On a finite sample miscalibration is above 0 even for a calibrated model, for the fit follows the noise.
@@ -220,8 +221,8 @@ def corp_decomposition(confidence: np.ndarray, correct: np.ndarray) -> CorpDecom
     )
 
 
-def ks_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """KS error: the largest gap between the cumulative sums of confidence and of correctness, over N, without bins.
+def ks_calibration_error(confidence: Any, correct: Any) -> float:
+    """Compute the KS error: the largest gap between the cumulative sums of confidence and correctness, over N.
 
     Samples are cumulated from the least to the most confident one, those of one confidence together.
 
@@ -244,8 +245,8 @@ def ks_calibration_error(confidence: np.ndarray, correct: np.ndarray) -> float:
     return _largest_cumulative_gap(confidence, correct) / len(confidence)
 
 
-def ks_test(confidence: np.ndarray, correct: np.ndarray) -> CalibrationTest:
-    """Test of perfect calibration by the largest cumulative gap between confidence and correctness.
+def ks_test(confidence: Any, correct: Any) -> CalibrationTest:
+    """Test for perfect calibration by the largest cumulative gap between confidence and correctness.
 
     The statistic is `N ks_calibration_error / sqrt(sum p (1 - p))`. Its p-value is that of the largest absolute value
     of a Brownian motion on [0, 1], the limit for large N; for small N, or few distinct confidences, it is on the high
@@ -273,14 +274,14 @@ def ks_test(confidence: np.ndarray, correct: np.ndarray) -> CalibrationTest:
     return CalibrationTest(statistic, _brownian_maximum_tail(statistic))
 
 
-def spiegelhalter_test(confidence: np.ndarray, correct: np.ndarray) -> CalibrationTest:
-    """Spiegelhalter's z: whether the Brier score is what it would be if the confidence were calibrated.
+def spiegelhalter_test(confidence: Any, correct: Any) -> CalibrationTest:
+    """Test for perfect calibration by Spiegelhalter's z: the Brier score against its expectation.
 
     `z = sum (y - p)(1 - 2p) / sqrt(sum (1 - 2p)^2 p (1 - p))` is standard normal under calibration for large N:
-    positive where the score is worse than the confidence promises (over-confident), negative where it is better.
+    positive where the score is worse than expected (over-confident), negative where it is better.
     Confidences of 0, 0.5 and 1 have no variance; if all are such, the result is (0, 1) where every certain outcome
-    came true and (inf, 0) where one did not: at 0.5 this test sees nothing, and errors below 0.5 may cancel those
-    above. `ks_test` has no such blind spot.
+    came true and (inf, 0) where one did not. Gaps at 0.5 do not count, and gaps below 0.5 may cancel those above;
+    `ks_test` has no such weakness.
 
     Args:
         confidence: Probability that the sample is correct, shape `(N,)`, in [0, 1].
@@ -310,7 +311,7 @@ def _accuracy_falls(count: np.ndarray, hits: np.ndarray) -> bool:
 
 
 def _smoothed_error(confidence: np.ndarray, correct: np.ndarray) -> Callable[[float], float]:
-    """Error as a function of the bandwidth; what does not depend on it is computed once."""
+    """Smoothed error as a function of the bandwidth; what does not depend on it is computed once."""
     position = confidence * _GRID
     cell = np.minimum(position.astype(np.int64), _GRID - 1)
     residual, part = (correct - confidence) / len(confidence), position - cell
@@ -341,7 +342,7 @@ def _standardised(value: float, variance: float) -> float:
 
 
 def _brownian_maximum_tail(x: float) -> float:
-    """Chance that the absolute value of a Brownian motion exceeds x on [0, 1]."""
+    """Probability that the absolute value of a Brownian motion exceeds x on [0, 1]."""
     if x >= 1:  # by reflection at the two barriers; keeps its digits far out
         return 2 * sum((-1) ** k * math.erfc((2 * k + 1) * x / math.sqrt(2)) for k in range(5))
     if x <= 0:

@@ -142,8 +142,8 @@ def _equal_mass_sums(probabilities: np.ndarray, labels: np.ndarray, num_bins: in
         pass
     size, classes = probabilities.shape
     position = np.linspace(0, size, len(equal_width_edges(num_bins)))[1:-1]  # as `equal_mass_edges`
-    sums, counts = np.empty((classes, num_bins)), np.empty((classes, num_bins))
-    edges = np.empty((classes, num_bins - 1))
+    sums, counts = np.zeros((classes, num_bins)), np.zeros((classes, num_bins))
+    edges = np.zeros((classes, num_bins - 1))
     for part, columns in _columns(probabilities):
         sums[part], counts[part], edges[part] = _cut_columns(columns, position)
     of_label = np.take_along_axis(probabilities, labels[:, None], axis=1).clip(0, 1).astype(np.float64)
@@ -179,7 +179,8 @@ def _cut_columns(columns: np.ndarray, position: np.ndarray) -> tuple[np.ndarray,
         position: Fractional rank of each inner edge, shape `(num_bins - 1,)`.
     """
     (k, size), num_bins = columns.shape, len(position) + 1
-    bits = (columns + 0).view(np.int32 if columns.dtype == np.float32 else np.int64)  # + 0: no negative zeros
+    integer: type[np.signedinteger] = np.int32 if columns.dtype == np.float32 else np.int64
+    bits = np.asarray((columns + 0).view(integer))  # + 0: no negative zeros
     bits -= bits.min(axis=1, keepdims=True)
     digits = max(4, min(_CELL_DIGITS, size.bit_length() - 4))
     bits >>= max(int(bits.max()).bit_length() - digits, 0)

@@ -1,8 +1,8 @@
 """Confidence intervals of calibration errors with guaranteed coverage for any number of samples.
 
-The intervals speak of the outcomes given the confidences: each outcome is a Bernoulli draw of its own unknown
-probability, independent of the others, and the true error is the one that the same samples show when every outcome is
-replaced by that probability.
+The guarantee is given the confidences: each outcome is a Bernoulli draw of its own unknown probability, independent of
+the others, and the true error is the one that the same samples show when every outcome is replaced by that
+probability.
 
 An l1 error is `max_s sum_b s_b g_b / N` over all signs `s` of the bins, `g_b` the sum of confidence minus outcome in
 bin b. For fixed signs the sum is a known number plus a count of events: wrong samples in bins with `s_b = 1`, right
@@ -15,6 +15,11 @@ Pearson (1934) hold for it. The signs of the true gaps are unknown but fixed. He
 * the lower bound is the largest of the lower bounds of all signs, each at the level divided by their number.
 
 The largest over all `2^bins` signs is found exactly by dynamic programming over the count of events.
+
+Other samples have other confidences. What that adds to the variance matters only where the gaps are large and differ
+between confidences. For the l1 error the ends are therefore at least as far from the value as the normal bounds of the
+mean of `s (confidence - outcome)` over drawn samples, whose second moment, whatever the signs, is the Brier score of
+the pairs. That part holds for many samples; `model_cards/gate.md` simulates both.
 """
 
 import math
@@ -56,9 +61,10 @@ def calibration_error_interval(
     """Compute a confidence interval of the binned calibration error that holds for any number of samples.
 
     Each end is passed by the true error with a probability of at most `(1 - level) / 2`, given the confidences, as
-    the module describes. The interval is not symmetric: sampling noise raises a calibration error, so a calibrated
-    model has a value above 0 and a lower end of 0. For "l1" the upper end is close to the smallest that can hold for
-    few occupied bins and cautious for many; the lower end, and both ends of "l2", are cautious.
+    the module describes; for "l1" also where the confidences are drawn anew, if the samples are many. The interval is
+    not symmetric: sampling noise raises a calibration error, so a calibrated model has a value above 0 and a lower end
+    of 0. For "l1" the upper end is close to the smallest that can hold for few occupied bins and cautious for many;
+    the lower end, and both ends of "l2", are cautious.
 
     The error is that of the same bins: gaps of both signs within a bin cancel in the true error too.
 
@@ -93,7 +99,10 @@ def calibration_error_interval(
     tail = (1 - level) / 2
     if norm == "l1":
         low, high = _signed_bounds(gap * count, count - right, right, len(count), len(confidence), 1, tail)
+        second_moment = float(np.mean((confidence - correct) ** 2))
         low, high = low / len(confidence), high / len(confidence)
+        low = min(low, _normal_below(value, second_moment, len(confidence), len(count), tail))
+        high = max(high, _normal_above(value, second_moment, len(confidence), tail))
     else:
         # The largest gap is that of one bin, unknown but fixed; "l2" needs the bounds of all bins, each of one sign.
         shared = tail if norm == "max" else tail / len(count)
@@ -187,6 +196,24 @@ def _count_below(count: np.ndarray, size: Any, log_tail: float) -> np.ndarray:
 
     bound = size * np.where(count > 0, betaincinv(np.maximum(count, 0.5), size - count + 1.0, tail), 0)
     return count - np.where(count == 1, np.minimum(bound, tail), bound)
+
+
+def _normal_above(value: float, second_moment: float, size: int, tail: float) -> float:
+    """Largest normal upper bound of a mean, at most `value`, of a variable with the given second moment."""
+    from scipy.special import ndtri
+
+    slope = -ndtri(tail) / math.sqrt(size)
+    mean = min(value, math.sqrt(second_moment / (1 + slope**2)))  # beyond, a larger mean has a lower bound
+    return float(mean + slope * math.sqrt(max(second_moment - mean**2, 0)))
+
+
+def _normal_below(value: float, second_moment: float, size: int, occupied: int, tail: float) -> float:
+    """Normal lower bound of the mean `value`, the largest over the signs of the bins."""
+    from scipy.special import ndtri
+
+    log_tail = math.log(tail) - occupied * math.log(2)
+    quantile = -ndtri(math.exp(log_tail)) if log_tail > _SMALLEST_EXPONENT else math.sqrt(-2 * log_tail)
+    return float(value - quantile * math.sqrt(max(second_moment - value**2, 0) / size))
 
 
 def _signed_bounds(

@@ -1,11 +1,11 @@
-"""Out-of-distribution detection: scores from logits, and how well a score tells two sets of samples apart.
+"""Out-of-distribution (OOD) detection: scores from logits, and AUROC, AUPR and FPR95 of a score.
 
-Every score is higher where a sample looks more in-distribution, and in-distribution is the positive class unless a
-function says otherwise. Only the order of the scores counts. Samples with the same score are accepted or rejected
-together, so the order of the samples never matters. Results are fractions.
+Every score is higher for samples that are more likely in-distribution, and in-distribution is the positive class
+unless stated otherwise. The metrics depend on the order of the scores alone. Samples of equal score are accepted or
+rejected together, so the order of the samples does not matter. Results are fractions.
 """
 
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -13,17 +13,18 @@ from hf_adafocal.metrics.selective import count_accepted
 from hf_adafocal.metrics.validation import as_array, as_numbers
 
 
-def max_softmax_score(logits: np.ndarray) -> np.ndarray:
-    """Probability of the most probable class, shape `(N,)`, in [1/C, 1].
+def max_softmax_score(logits: Any) -> np.ndarray:
+    """Compute the maximum softmax probability (MSP) of each row of logits, shape `(N,)`, in [1/C, 1].
 
-    Exactly 1 once the top logit leads by about 37, so that surer samples tie; the entropy tells them apart up to 700.
+    It is exactly 1 once the top logit leads by about 37, so that more confident samples tie; the entropy distinguishes
+    them up to a lead of about 700.
 
     Args:
         logits: Unnormalised scores, not probabilities, shape `(N, C)`; computed in float64. A logit of -inf is a class
             of probability 0.
 
     Returns:
-        One score a sample.
+        One score per sample.
 
     Raises:
         ValueError: If `logits` is not `(N, C)`, holds NaN, or a row has no finite largest logit.
@@ -37,8 +38,10 @@ def max_softmax_score(logits: np.ndarray) -> np.ndarray:
     return 1 / np.exp(shifted, out=shifted).sum(axis=1)
 
 
-def entropy_score(logits: np.ndarray) -> np.ndarray:
-    """Negative entropy of the softmax in nats, shape `(N,)`, in [-log C, 0]; arguments and errors as max-softmax.
+def entropy_score(logits: Any) -> np.ndarray:
+    """Compute the negative entropy of the softmax in nats, shape `(N,)`, in [-log C, 0].
+
+    Arguments and errors as `max_softmax_score`.
 
     >>> entropy_score(np.zeros((1, 2)))  # -log 2
     array([-0.69314718])
@@ -51,10 +54,11 @@ def entropy_score(logits: np.ndarray) -> np.ndarray:
     return np.einsum("nc,nc->n", weights, shifted) / (1 + rest) - np.log1p(rest)  # neither is above 0
 
 
-def energy_score(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
-    """Negative free energy `T log sum exp(logits / T)`, shape `(N,)`, in the unit of the logits; T > 0, finite.
+def energy_score(logits: Any, temperature: float = 1.0) -> np.ndarray:
+    """Compute the negative free energy `T log sum exp(logits / T)` of each row, shape `(N,)`.
 
-    Unlike the other two it changes when a constant is added to a row of logits. Arguments and errors as max-softmax.
+    The unit is that of the logits; T is finite and above 0. Unlike the other two scores it changes when a constant is
+    added to a row of logits. Other arguments and errors as `max_softmax_score`.
 
     Source: Liu et al. 2020, arXiv 2010.03759 (the energy is the negative of this score).
 
@@ -68,10 +72,10 @@ def energy_score(logits: np.ndarray, temperature: float = 1.0) -> np.ndarray:
     return top + temperature * np.log(np.exp(shifted, out=shifted).sum(axis=1))
 
 
-def ood_auroc(in_scores: np.ndarray, out_scores: np.ndarray) -> float:
-    """Probability that an in-distribution sample scores higher than an out-of-distribution one; a tie counts half.
+def ood_auroc(in_scores: Any, out_scores: Any) -> float:
+    """Compute AUROC: the probability that an in-distribution sample scores higher than an OOD one; ties count half.
 
-    The same number whichever of the two is called positive.
+    It does not depend on which of the two is called positive.
 
     Args:
         in_scores: Scores of in-distribution samples, shape `(N,)`, N >= 1; infinite is allowed.
@@ -91,11 +95,11 @@ def ood_auroc(in_scores: np.ndarray, out_scores: np.ndarray) -> float:
     return float(width @ (before + true) / (2 * true[-1] * false[-1]))
 
 
-def ood_aupr(in_scores: np.ndarray, out_scores: np.ndarray, positive: Literal["in", "out"] = "in") -> float:
-    """Area under the precision-recall curve as average precision: the precision at each step, by the recall it adds.
+def ood_aupr(in_scores: Any, out_scores: Any, positive: Literal["in", "out"] = "in") -> float:
+    """Compute AUPR as average precision: the precision at each threshold, weighted by the recall it adds.
 
     `positive` is the class to retrieve: "in" from the highest score down, "out" from the lowest up; other arguments
-    and errors as `ood_auroc`. Nothing is interpolated, which would flatter the curve.
+    and errors as `ood_auroc`. Nothing is interpolated, which would be optimistic.
 
     Returns:
         A fraction in (0, 1]: 1 is perfect, chance is about the share of the positive class among all samples.
@@ -112,8 +116,8 @@ def ood_aupr(in_scores: np.ndarray, out_scores: np.ndarray, positive: Literal["i
     return float(np.diff(true, prepend=0) @ (true / (true + false)) / true[-1])
 
 
-def ood_fpr95(in_scores: np.ndarray, out_scores: np.ndarray, recall: float = 0.95) -> float:
-    """Share of out-of-distribution samples accepted at the highest threshold that accepts 95 % of the others.
+def ood_fpr95(in_scores: Any, out_scores: Any, recall: float = 0.95) -> float:
+    """Compute FPR95: the share of OOD samples accepted at the highest threshold that accepts 95 % of the others.
 
     The threshold is a score that occurs. Some codebases call out-of-distribution positive and report another number,
     the in-distribution samples rejected with 95 % of the others: that is `ood_fpr95(-out_scores, -in_scores)`.
@@ -135,8 +139,8 @@ def ood_fpr95(in_scores: np.ndarray, out_scores: np.ndarray, recall: float = 0.9
     return float(false[np.argmax(true / true[-1] >= recall)] / false[-1])
 
 
-def ood_report(in_logits: np.ndarray, out_logits: np.ndarray) -> dict[str, float | int]:
-    """Every detection metric of each of the three scores; the energy has temperature 1.
+def ood_report(in_logits: Any, out_logits: Any) -> dict[str, float | int]:
+    """Compute all detection metrics of the three scores; the energy has temperature 1.
 
     Args:
         in_logits: Logits of in-distribution samples, shape `(N, C)`.
@@ -148,6 +152,10 @@ def ood_report(in_logits: np.ndarray, out_logits: np.ndarray) -> dict[str, float
 
     Raises:
         ValueError: As `max_softmax_score`, or if the two have different numbers of classes.
+
+    >>> report = ood_report([[4.0, 0.0], [3.0, 0.0]], [[1.0, 0.0], [0.5, 0.0]])
+    >>> report["num_in"], report["energy_auroc"]
+    (2, 1.0)
     """
     in_logits, out_logits = as_array(in_logits), as_array(out_logits)
     if in_logits.shape[1:] != out_logits.shape[1:]:
@@ -155,7 +163,7 @@ def ood_report(in_logits: np.ndarray, out_logits: np.ndarray) -> dict[str, float
             "Both sets of logits must come from one model, (N, C) and (M, C); "
             f"found shapes {in_logits.shape} and {out_logits.shape}."
         )
-    report = {"num_in": len(in_logits), "num_out": len(out_logits)}
+    report: dict[str, float | int] = {"num_in": len(in_logits), "num_out": len(out_logits)}
     for name, score in (("max_softmax", max_softmax_score), ("entropy", entropy_score), ("energy", energy_score)):
         scores = score(in_logits), score(out_logits)
         report[f"{name}_auroc"] = ood_auroc(*scores)
@@ -178,7 +186,7 @@ def _shift(logits: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _count_positive(in_scores: np.ndarray, out_scores: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """In- and out-of-distribution samples at or above each distinct score, from the highest score down."""
+    """Numbers of in-distribution and of OOD samples at or above each distinct score, from the highest down."""
     in_scores, out_scores = as_numbers(in_scores, "in_scores"), as_numbers(out_scores, "out_scores")
     for name, scores in (("in_scores", in_scores), ("out_scores", out_scores)):
         if scores.ndim != 1 or scores.size == 0 or np.isnan(scores).any():

@@ -1,15 +1,16 @@
-"""Selective prediction: how well a confidence says which predictions to accept. Functions of (confidence, correct).
+"""Selective prediction: risk-coverage curves and the areas under them (AURC, E-AURC, AUGRC).
 
 The most confident predictions are accepted first; coverage is the share accepted, risk the share of those that is
-wrong. Only the order of the confidences counts, so any score will do: a probability, a margin, a negative entropy.
+wrong. The functions depend on the order of the confidences alone, so any score can be used: a probability, a margin, a
+negative entropy.
 
-Ties: the order in which a sort happens to leave equal confidences must not decide a result. `risk_coverage_curve` has
-one point for each distinct confidence, as no threshold can split a tie. An area is the expected one over all orders of
-the tied samples: the number of errors grows in a straight line from one point of the curve to the next. Without ties
-that is the usual definition. All results are fractions and lower is better.
+Ties: results do not depend on the order in which a sort leaves equal confidences. `risk_coverage_curve` has one point
+per distinct confidence, as no threshold can split a tie. An area is the expectation over all orders of the tied
+samples: the number of errors is interpolated linearly from one point of the curve to the next. Without ties that is
+the usual definition. All results are fractions and lower is better.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -17,7 +18,7 @@ from hf_adafocal.metrics.validation import as_numbers
 
 
 class RiskCoverageCurve(NamedTuple):
-    """The points at which a threshold can operate, one for each of the K distinct confidences.
+    """Risk and coverage at each threshold, one per distinct confidence, K in all.
 
     Attributes:
         coverage: Share of samples accepted, ascending, shape `(K,)`; the last is 1. There is no point at coverage 0,
@@ -31,11 +32,11 @@ class RiskCoverageCurve(NamedTuple):
     threshold: np.ndarray
 
 
-def risk_coverage_curve(confidence: np.ndarray, correct: np.ndarray) -> RiskCoverageCurve:
-    """Error rate among the accepted samples for every possible confidence threshold.
+def risk_coverage_curve(confidence: Any, correct: Any) -> RiskCoverageCurve:
+    """Compute the error rate among the accepted samples for every confidence threshold.
 
     Args:
-        confidence: Any score that is higher where the prediction is surer, shape `(N,)`, N >= 1; infinite is allowed.
+        confidence: Any score that is higher for more confident predictions, shape `(N,)`, N >= 1; infinite is allowed.
         correct: 1 (or True) where the prediction was right, 0 where it was wrong, shape `(N,)`.
 
     Returns:
@@ -53,13 +54,13 @@ def risk_coverage_curve(confidence: np.ndarray, correct: np.ndarray) -> RiskCove
     return RiskCoverageCurve(accepted / accepted[-1], wrong / accepted, threshold)
 
 
-def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """AURC: the risk averaged over the coverages 1/N, 2/N, ..., 1; ties in expectation (see the module).
+def area_under_risk_coverage(confidence: Any, correct: Any) -> float:
+    """Compute AURC: the mean risk over the coverages 1/N, 2/N, ..., 1; ties in expectation (see the module).
 
-    It is the mean that defines AURC, not a trapezoid: N = 1 needs no exception.
+    AURC is defined as this mean and not by a trapezoidal rule, so N = 1 is no special case.
 
     Args:
-        confidence: Any score that is higher where the prediction is surer, shape `(N,)`, N >= 1; infinite is allowed.
+        confidence: Any score that is higher for more confident predictions, shape `(N,)`, N >= 1; infinite is allowed.
         correct: 1 (or True) where the prediction was right, 0 where it was wrong, shape `(N,)`.
 
     Returns:
@@ -77,11 +78,11 @@ def area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> flo
     return _mean_risk(_expected_errors(accepted, wrong))
 
 
-def excess_area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """E-AURC: AURC minus the least that any confidence could reach at this accuracy; arguments as AURC's.
+def excess_area_under_risk_coverage(confidence: Any, correct: Any) -> float:
+    """Compute E-AURC: AURC minus the lowest AURC possible at this accuracy; arguments as AURC's.
 
-    The least one is counted for these N samples, every right one accepted before every wrong one, so that a perfect
-    order gives exactly 0. The authors' `r + (1 - r) log(1 - r)` for error rate r is its limit for large N.
+    The lowest one is that of these N samples with every right one accepted before every wrong one, so a perfect order
+    gives exactly 0. The authors' `r + (1 - r) log(1 - r)` for error rate r is its limit for large N.
 
     Returns:
         A fraction in [0, 1): 0 for a perfect order, and if all samples are right or all are wrong.
@@ -100,13 +101,13 @@ def excess_area_under_risk_coverage(confidence: np.ndarray, correct: np.ndarray)
     return _mean_risk(_expected_errors(accepted, wrong)) - _mean_risk(least)
 
 
-def area_under_generalized_risk_coverage(confidence: np.ndarray, correct: np.ndarray) -> float:
-    """AUGRC: area under the share of all N samples that is accepted and wrong, over the coverage from 0 to 1.
+def area_under_generalized_risk_coverage(confidence: Any, correct: Any) -> float:
+    """Compute AUGRC: the area under the generalized risk, the share of all samples that is accepted and wrong.
 
-    The mean risk of a failure that nobody catches. Where AURC gives most weight to the few most confident samples,
-    AUGRC depends on the error rate r and on the AUROC of the confidence as a detector of right predictions alone: it
-    is `(1 - AUROC) r (1 - r) + r^2 / 2`. The area between two points is a trapezoid, which is also the expected one
-    over all orders of ties. Arguments as AURC's.
+    Coverage runs from 0 to 1. AURC gives most weight to the few most confident samples; AUGRC depends only on the
+    error rate r and on the AUROC of the confidence as a detector of right predictions: it is
+    `(1 - AUROC) r (1 - r) + r^2 / 2`. The area between two points is a trapezoid, which is also the expectation over
+    all orders of ties. Arguments as AURC's.
 
     Returns:
         A fraction in [0, 0.5]: 0 if all are right, 0.5 if all are wrong, half the error rate if all confidences are
@@ -125,12 +126,23 @@ def area_under_generalized_risk_coverage(confidence: np.ndarray, correct: np.nda
     return float(width @ (before + wrong) / (2 * accepted[-1] ** 2))
 
 
-def count_accepted(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Samples at or above each distinct confidence, how many of them are wrong, and that confidence, descending."""
+def count_accepted(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Count the samples at or above each distinct confidence and the wrong ones among them.
+
+    Args:
+        confidence: Shape `(N,)`, N >= 1.
+        correct: 1 or 0, shape `(N,)`.
+
+    Returns:
+        Samples, wrong samples and the confidence, each of shape `(K,)`, in descending order of confidence.
+
+    Raises:
+        ValueError: As `risk_coverage_curve`.
+    """
     confidence, correct = as_numbers(confidence, "confidence"), as_numbers(correct, "correct")
     if confidence.ndim != 1 or confidence.shape != correct.shape or confidence.size == 0:
         raise ValueError(
-            "Expected two vectors of one length N >= 1: a confidence and a 0/1 outcome a sample; "
+            "Expected two vectors of one length N >= 1: a confidence and a 0/1 outcome per sample; "
             f"found shapes {confidence.shape} and {correct.shape}."
         )
     if np.isnan(confidence).any():
@@ -145,7 +157,7 @@ def count_accepted(confidence: np.ndarray, correct: np.ndarray) -> tuple[np.ndar
 
 
 def _expected_errors(accepted: np.ndarray, wrong: np.ndarray) -> np.ndarray:
-    """Errors among the first 1, 2, ..., N samples, averaged over all orders of ties, shape `(N,)`."""
+    """Expected errors among the first 1, 2, ..., N samples over all orders of ties, shape `(N,)`."""
     return np.interp(np.arange(1, accepted[-1] + 1), np.append(0, accepted), np.append(0, wrong))
 
 

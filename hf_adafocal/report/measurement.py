@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_adafocal.metrics.binning import BinStats, bin_statistics, equal_width_edges
-from hf_adafocal.metrics.bootstrap import bootstrap_interval, calibration_error_interval, report_intervals
+from hf_adafocal.metrics.bootstrap import bootstrap_interval, report_intervals
+from hf_adafocal.metrics.intervals import calibration_error_interval
 from hf_adafocal.metrics.scores import calibration_error, calibration_report, softmax, top_label
 
 IGNORE_INDEX = -100

@@ -55,6 +55,15 @@ def predictions(size=200, classes=3, seed=0):
     return softmax(2 * logits), (logits + generator.gumbel(size=logits.shape)).argmax(axis=1)
 
 
+def normal_bounds(confidence, correct, value, occupied, tail):
+    """Bounds of a mean over drawn samples whose second moment is the Brier score of the pairs."""
+    moment, size = np.mean((confidence - correct) ** 2), len(confidence)
+    means = np.linspace(0, value, 100_001)
+    above = means - scipy.stats.norm.ppf(tail) * np.sqrt(np.maximum(moment - means**2, 0) / size)
+    below = value + scipy.stats.norm.ppf(tail / 2**occupied) * math.sqrt(max(moment - value**2, 0) / size)
+    return below, above.max()
+
+
 class TestCalibrationErrorInterval:
     @every_scheme
     @pytest.mark.parametrize(("size", "num_bins"), [(1, 1), (2, 2), (3, 3), (40, 5), (300, 7)])
@@ -67,7 +76,31 @@ class TestCalibrationErrorInterval:
         gaps = stats.confidence[held] * count - right
         low, high = slow_signed_bounds(gaps, count - right, right, len(count), size, 1, (1 - level) / 2)
         found = calibration_error_interval(confidence, correct, num_bins, scheme=scheme, level=level)
-        assert found[1:] == pytest.approx((max(low / size, 0), min(high / size, 1)), abs=1e-9)
+        below, above = normal_bounds(confidence, correct, found.value, len(count), (1 - level) / 2)
+        expected = max(min(low / size, below), 0), min(max(high / size, above), 1)
+        assert found[1:] == pytest.approx(expected, abs=1e-7)
+
+    def test_gaps_that_differ_between_drawn_confidences_are_covered_too(self):
+        # Certain outcomes: given the confidences nothing is random, and 90 % of the samples have no gap.
+        generator, limit, passed = np.random.default_rng(0), 0.055, 0
+        for _ in range(200):
+            confidence = np.where(generator.random(1000) < 0.9, 1.0, 0.55)
+            passed += calibration_error_interval(confidence, confidence == 1).high < limit
+        assert passed <= 11  # 5 on average
+
+    def test_the_variance_of_drawn_confidences_widens_both_ends(self):
+        confidence = np.repeat([0.9, 0.5], [600, 400])  # always right: gaps of .1 and .5, mean .26, second moment .106
+        found = calibration_error_interval(confidence, np.ones(1000))
+        error = math.sqrt((0.106 - 0.26**2) / 1000)
+        assert found.high == pytest.approx(0.26 + 1.959964 * error)
+        assert found.low == pytest.approx(0.26 + scipy.stats.norm.ppf(0.025 / 4) * error)
+
+    def test_an_error_as_large_as_its_second_moment_allows_has_the_largest_bound_of_all_signs(self):
+        # Every gap is 0.3, half of them of each sign: with one sign turned the mean is less and its variance more.
+        confidence, correct = np.repeat([0.3, 0.7], 5), np.repeat([0, 1], 5)
+        found = calibration_error_interval(confidence, correct, 15, level=0.5)
+        slope = 0.67449 / math.sqrt(10)
+        assert found.high >= 0.3 * math.sqrt(1 + slope**2) - 1e-6
 
     def test_with_one_bin_it_is_the_interval_of_clopper_and_pearson(self):
         # 0.98 - 20 / 20 and 0.98 - 50 / 100: the gap is known up to the accuracy
