@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from transformers.utils import logging
 
 from hf_adafocal.preserved_state import random_state_kept
@@ -57,7 +58,7 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
     Every process fits the same numbers on the same gathered logits.
     """
     scaling = _fit(trainer)
-    temperature = 1 / float(scaling.scale)
+    temperature = scaling.to_dict()["temperature"]
     samples = f"{scaling.num_samples:,} calibration samples"
     if not scaling.is_supported(CONFIDENCE):
         folded = False
@@ -80,7 +81,7 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
 def _fit(trainer: "AdaFocalTrainer") -> Scaling:
     metrics, kept = trainer.measure(trainer.calibration_dataset, PREFIX)
     if kept is not None:
-        return fit_temperature_scaling(*kept)
+        return fit_temperature_scaling(*map(torch.as_tensor, kept))
     # Too many logits to keep: the best temperature of the sums on the grid.
     samples = len(trainer.recorder.samples[PREFIX])
     return Scaling(1 / metrics["temperature"], 0.0, metrics["nll"], metrics["refinement"], samples)

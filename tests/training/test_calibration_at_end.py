@@ -17,19 +17,19 @@ from hf_adafocal.training import calibration_at_end as module
 from hf_adafocal.training import recorder
 
 HELD_OUT = tiny.token_dataset(300, seed=1)
-# The head is scaled up, so that the run ends over-confident whatever it learns; it learns to rank all the same.
-SURE = 6.0
 
 
-def sure_bert():
-    model = tiny.bert()
-    model.classifier.weight.data *= SURE
-    return model
+def clean_data(size=48, seed=0) -> Dataset:
+    """The first token always tells the class, and mostly in held-out sets: who learns this is over-confident."""
+    data = tiny.token_dataset(size, seed=seed)
+    rows = [[1 + label, *row[1:]] for row, label in zip(data["input_ids"], data["labels"], strict=True)]
+    return Dataset.from_dict({"input_ids": rows, "labels": data["labels"][:]})
 
 
 def build(folder, model=None, **settings):
     settings = {"loss": "cross_entropy", "calibrate_at_end": True, "eval_dataset": HELD_OUT, **settings}
-    return tiny.trainer(folder, model or sure_bert(), **{"num_train_epochs": 6, "learning_rate": 1e-2, **settings})
+    settings = {"train_dataset": clean_data(), "num_train_epochs": 6, "learning_rate": 1e-2, **settings}
+    return tiny.trainer(folder, model, **settings)
 
 
 def logits_of(model, data=HELD_OUT):
@@ -96,9 +96,7 @@ class TestFolding:
         assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
 
     def test_with_adafocal_and_no_held_out_set_the_tenth_calibrates_both(self, tmp_path):
-        run = build(
-            tmp_path, loss="adafocal", train_dataset=tiny.token_dataset(300), eval_dataset=None, eval_strategy="no"
-        )
+        run = build(tmp_path, loss="adafocal", train_dataset=clean_data(300), eval_dataset=None, eval_strategy="no")
         run.train()
         assert run.calibration_outcome.scaling.num_samples == 30 and run.adaptive_callback.updates == 6
 
@@ -117,14 +115,12 @@ class TestFolding:
 class TestEvidence:
     """Where T cannot be told from 1 on these samples, the model stays as it is, and log, report and card say so."""
 
-    def data(self, size, seed=1):
-        """Labels that agree with a classifier's certainty of .8 on the token that tells them."""
-        return tiny.token_dataset(size, seed=seed)
-
     def calibrated(self, folder, size):
-        """A run that learns nothing, of a model whose probabilities are those of the data."""
+        """A run that learns nothing, of a model at chance level."""
         model = tiny.bert()
-        run = build(folder, model, learning_rate=0.0, num_train_epochs=1, eval_dataset=self.data(size))
+        run = build(
+            folder, model, learning_rate=0.0, num_train_epochs=1, eval_dataset=tiny.token_dataset(size, seed=1)
+        )
         return run, model
 
     def test_at_chance_level_nothing_is_folded(self, tmp_path, log):
@@ -161,8 +157,8 @@ class TestEvidence:
 class TestBeforeTraining:
     def test_a_head_that_cannot_hold_a_temperature_is_refused_before_the_first_step(self, tmp_path):
         class Clipped(type(tiny.bert())):
-            def forward(self, *args, **kwargs):
-                output = super().forward(*args, **kwargs)
+            def forward(self, input_ids, labels=None):
+                output = super().forward(input_ids)
                 output.logits = output.logits.clamp(-1, 1).square()
                 return output
 
@@ -180,7 +176,7 @@ class TestBeforeTraining:
             def forward(self, input_ids, labels=None):
                 return {"logits": self.embedding(input_ids).mean(1)}
 
-        with pytest.raises(ValueError, match="Expected a transformers model, found Plain"):
+        with pytest.raises(ValueError, match="Expected a transformers or PEFT model, found Plain"):
             build(tmp_path, Plain()).train()
 
     def test_looking_changes_neither_the_run_nor_the_model(self, tmp_path):
@@ -232,7 +228,7 @@ def test_the_head_of_an_adapted_model_is_calibrated(tmp_path, task):
     def lora():
         kind = {"task_type": task} if task else {"modules_to_save": ["classifier"]}
         config = peft.LoraConfig(r=4, target_modules=["query", "value"], lora_dropout=0.0, **kind)
-        return peft.get_peft_model(sure_bert(), config)
+        return peft.get_peft_model(tiny.bert(), config)
 
     plain, run = build(tmp_path, lora(), calibrate_at_end=False), build(tmp_path, lora())
     plain.train(), run.train()
@@ -241,7 +237,7 @@ def test_the_head_of_an_adapted_model_is_calibrated(tmp_path, task):
     assert run.calibration_outcome.folded
     torch.testing.assert_close(logits_of(run.model)[0], logits * expected.scale, rtol=1e-3, atol=1e-4)
     run.save_model(str(tmp_path / "adapter"))
-    loaded = peft.PeftModel.from_pretrained(sure_bert(), tmp_path / "adapter")
+    loaded = peft.PeftModel.from_pretrained(tiny.bert(), tmp_path / "adapter")
     torch.testing.assert_close(logits_of(loaded)[0], logits_of(run.model)[0])
 
 
