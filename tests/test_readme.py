@@ -6,6 +6,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from transformers import BertConfig, BertForSequenceClassification
+
+from hf_adafocal.models import train_word_level_tokenizer
 
 ROOT = Path(__file__).parent.parent
 README, GUIDE = (ROOT / "README.md").read_text(), (ROOT / "CONTRIBUTING.md").read_text()
@@ -15,14 +18,30 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
 
 
+def write_tiny_model(folder: Path) -> None:
+    """Write the data and the checkpoint that the first block reads: sentences of two kinds, and a one-layer BERT."""
+    good, bad = ("a pleasure", "fine and clear", "well made"), ("a mess", "dull and slow", "badly made")
+    rows = [
+        f'"number {index} was {words[index % 3]}",{label}'
+        for label, words in ((1, good), (0, bad))
+        for index in range(40)
+    ]
+    (folder / "reviews.csv").write_text("\n".join(["text,label", *rows]) + "\n")
+    tokenizer = train_word_level_tokenizer([row.split('"')[1] for row in rows], vocab_size=200, max_length=64)
+    tokenizer.save_pretrained(folder / "tiny-model")
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    config = BertConfig(vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, **sizes)
+    BertForSequenceClassification(config).save_pretrained(folder / "tiny-model")
+
+
 def test_the_python_blocks_run_in_order(tmp_path, monkeypatch):
-    pytest.importorskip("timm", reason="timm is the extra `vision`")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_EVALUATE_OFFLINE", "1")
+    write_tiny_model(tmp_path)
     names: dict = {}
     for block in blocks("python"):
         exec(compile(block, "README.md", "exec"), names)
-    assert 0 <= names["metrics"]["test_ece"] < 1
+    assert 0 <= names["report"].metrics["ece"] < 1
     assert names["loss"].gammas.ne(1).any()
 
 

@@ -214,6 +214,35 @@ class TestEvaluation:
         with pytest.raises(ValueError, match="Every label of the 'eval' set is ignored"):
             tiny.trainer(tmp_path).evaluate(data)
 
+    def test_dropping_the_last_batch_of_training_drops_none_of_an_evaluation(self, tmp_path):
+        sets = {"train_dataset": tiny.token_dataset(45), "eval_dataset": tiny.token_dataset(61, seed=1)}
+        plain, dropping = (tiny.trainer(tmp_path, dataloader_drop_last=drop, **sets) for drop in (False, True))
+        found, expected = dropping.evaluate(), plain.evaluate()
+        names = [name for name in expected if not name.endswith(("runtime", "second"))]
+        assert {name: found[name] for name in names} == {name: expected[name] for name in names}
+        assert dropping.predict(tiny.token_dataset(61, seed=3)).predictions.shape == (61, 3)
+        assert dropping.args.dataloader_drop_last is True
+        dropping.train()
+        assert dropping.state.max_steps == 10 and dropping.calibration_statistics().count.sum() == 61
+
+    def test_workers_that_persist_serve_each_set_its_own_samples(self, tmp_path):
+        other, workers = tiny.token_dataset(21, seed=3), {"dataloader_num_workers": 1}
+        calibration = tiny.token_dataset(30, seed=5)
+        run = tiny.trainer(
+            tmp_path,
+            calibration_dataset=calibration,
+            dataloader_persistent_workers=True,
+            **workers,
+            num_train_epochs=1,
+        )
+        expected = tiny.trainer(tmp_path)
+        for _ in range(2):
+            for data in (None, other, calibration):
+                found = run.evaluate() if data is None else run.evaluate(data)
+                assert found["eval_nll"] == expected.evaluate(data)["eval_nll"]
+        run.train()
+        assert updates(run) == [6] and run.calibration_statistics().count.sum() == 30
+
     def test_a_streamed_set_is_evaluated(self, tmp_path):
         data = tiny.token_dataset(21, seed=3)
         streamed = IterableDataset.from_generator(lambda: iter(data))
