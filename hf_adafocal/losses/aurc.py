@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from hf_adafocal.losses.batch_samples import BatchSamples, batch_samples, check_bins, refuse_pairs
+from hf_adafocal.losses.functional import LEAST_LOG_P
 
 SCORES = ("confidence", "neg_entropy", "margin", "l2_norm")
 
@@ -189,7 +190,7 @@ def _scores(batch: BatchSamples, score: str) -> Tensor:
     if score == "confidence":
         return batch.p.amax(dim=1)
     if score == "neg_entropy":
-        log_p = batch.log_p.clamp_min(torch.finfo(batch.log_p.dtype).min)  # 0 log 0 is 0
+        log_p = batch.log_p.clamp_min(LEAST_LOG_P)  # 0 log 0 is 0
         return (1 + (batch.p * log_p).sum(dim=1) / math.log(log_p.shape[1])).clamp(0, 1)
     if score == "margin":
         first, second = batch.p.topk(2, dim=1).values.unbind(dim=1)

@@ -53,4 +53,4 @@ def _parts(labels: Any) -> Iterable[Any]:
     if isinstance(labels, Tensor) or hasattr(labels, "__array__"):
         return [labels]
     parts = list(labels)
-    return [parts] if all(isinstance(part, int) for part in parts) else parts
+    return [parts] if parts and all(isinstance(part, int) for part in parts) else parts

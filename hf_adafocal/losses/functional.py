@@ -256,8 +256,7 @@ def confidence_penalty_loss(
     labels = labels.long()
     log_p = F.log_softmax(_wide(logits), dim=1)
     ce = cross_entropy_kernel.nll(log_p, labels, ignore_index)
-    lowest = torch.finfo(log_p.dtype).min  # a class with logit -inf adds 0 to the entropy, not NaN
-    negentropy = (log_p.exp() * log_p.clamp_min(lowest)).sum(1)
+    negentropy = (log_p.exp() * log_p.clamp_min(LEAST_LOG_P)).sum(1)  # an impossible class adds 0, not NaN
     loss = ce + penalty * negentropy.where(labels != ignore_index, 0)
     return _reduce(loss, labels, weight, ignore_index, reduction)
 
