@@ -128,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
         "the predictions cannot be used.",
         "hf-adafocal gate --max-ece 0.03 --confidence 0.95 predictions.parquet",
     )  # fmt: skip
-    gate.add_argument("predictions", type=Path, help="a .parquet, .csv or .npz file")
+    gate.add_argument("predictions", type=Path, help="a .parquet, .csv, .tsv, .jsonl, .npz or .npy file")
     gate.add_argument("--max-ece", type=float, required=True, help="the limit, a fraction in [0, 1]")
     gate.add_argument("--confidence", type=float, default=0.95, help="level of the two-sided interval (default 0.95)")
     gate.add_argument("--num-bins", type=int, default=15, help="bins of equal width (default 15)")
