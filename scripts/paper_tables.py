@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_settings import FIGURE, METHODS, SETTINGS
+from paper_settings import ABLATIONS, FIGURE, METHODS, SETTINGS
 
 from hf_adafocal.report.comparison import paired_difference
 from hf_adafocal.report.tables import comparison_table
@@ -157,17 +157,51 @@ def crossing(ours: dict[str, list], theirs: dict[str, list], key: str) -> int | 
 
 
 def gamma_table(found: dict[str, Runs]) -> str:
-    """The last gammas of each AdaFocal run by bin, and bins that no sample could reach."""
-    head = ["setting", "seed", "gamma of bins 1 to 15", "at the cap of 20", "below 0", "epochs with bins of width 0"]
+    """The last gammas of each AdaFocal run by bin, when they meet the cap, and what moves the others late."""
+    head = [
+        "setting",
+        "method",
+        "seed",
+        "gamma of bins 1 to 15",
+        "at the cap",
+        "five at the cap from epoch",
+        "below 0",
+    ]
+    head += ["epochs with bins of width 0", "late gap", "late change"]
     rows = []
     for setting, runs in found.items():
-        for seed, report in runs.get(OURS, {}).items():
-            gammas = np.array(report["log"]["gammas"][-1])
-            width = report["log"]["bins_of_width_0"]
-            shown = " ".join(f"{gamma:.1f}" for gamma in gammas)
-            counts = [str((gammas > 19.99).sum()), str((gammas < 0).sum()), str(np.count_nonzero(width))]
-            rows.append([setting, str(seed), shown, *counts])
+        for method, seed, report in [(m, s, r) for m in (OURS, *ABLATIONS) for s, r in runs.get(m, {}).items()]:
+            gammas, width = np.array(report["log"]["gammas"]), report["log"]["bins_of_width_0"]
+            capped = gammas >= 0.999 * report["training"].get("gamma_max", 20.0)
+            five = np.flatnonzero(capped.sum(axis=1) >= 5)
+            shown = " ".join(f"{gamma:.1f}" for gamma in gammas[-1])
+            counts = [capped[-1].sum(), five[0] + 1 if len(five) else "", (gammas[-1] < 0).sum()]
+            gap, change = late_gaps(gammas, capped, report["training"].get("gamma_lambda", 1.0))
+            rows.append(
+                [setting, method, str(seed), shown, *map(str, counts), str(np.count_nonzero(width)), gap, change]
+            )
     return markdown(head, rows)
+
+
+def late_gaps(gammas: np.ndarray, capped: np.ndarray, lambda_: float) -> tuple[str, str]:
+    """Of bins that are free over the last third of a run: mean size of a bin's mean gap, and of its deviation in time.
+
+    A gap follows from two gammas, `log(g' / g) / lambda`, where neither a limit nor the switch acted.
+
+    Args:
+        gammas: Of each epoch, shape `(epochs, bins)`.
+        capped: Whether each is at the cap, of that shape.
+        lambda_: Step size of the update.
+
+    Returns:
+        Both numbers, empty if no bin was free.
+    """
+    late = slice(len(gammas) - len(gammas) // 3, None)
+    free = (~capped[late] & (gammas[late] > 0.2)).all(axis=0)
+    if not free.any():
+        return "", ""
+    gaps = np.diff(np.log(gammas[late][:, free]), axis=0) / lambda_
+    return f"{np.abs(gaps.mean(axis=0)).mean():.3f}", f"{gaps.std(axis=0).mean():.3f}"
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:

@@ -257,6 +257,13 @@ class TestTables:
         expected = {1: 1, 3: 7, None: None, 0: 0}[expected]
         assert tables.crossing({"epoch": epochs, "ece": ours}, {"epoch": epochs, "ece": theirs}, "ece") == expected
 
+    def test_late_gaps_are_those_that_moved_the_gammas_of_free_bins(self, tables):
+        gaps = np.array([[0.5, gap] for gap in (0.4, 0.4, 0.4, 0.4, 0.02, 0.03, 0.01)])  # the first bin meets the cap
+        gammas = np.vstack([np.ones((5, 2)), np.exp(0.5 * np.cumsum(gaps, axis=0))]).clip(max=3.0)
+        # of twelve epochs the last four, between them 0.02, 0.03 and 0.01: a deviation of sqrt(2 / 3) hundredths
+        assert tables.late_gaps(gammas, gammas >= 3.0, 0.5) == ("0.020", "0.008")
+        assert tables.late_gaps(np.full((6, 2), 20.0), np.full((6, 2), True), 1.0) == ("", "")
+
     def test_differences_are_paired_by_seed_and_leave_out_lone_seeds(self, tables):
         def report(ece, scaled, accuracy):
             return {"raw": {"ece": ece, "accuracy": accuracy}, "temperature_scaled": {"ece": scaled}}
