@@ -50,7 +50,7 @@ def report_of(
 
 
 def pictures_of(trainer: "AdaFocalTrainer", prefix: str) -> dict[str, Any]:
-    """Draw the reliability diagram of the last evaluation under a prefix, and gamma over the updates so far.
+    """Draw the reliability diagram of the last evaluation under a prefix.
 
     Returns:
         Matplotlib figures by name; none without matplotlib, or if nothing was evaluated under that prefix.
@@ -58,10 +58,13 @@ def pictures_of(trainer: "AdaFocalTrainer", prefix: str) -> dict[str, Any]:
     plots, samples = pictures(), trainer.recorder.samples.get(prefix)
     if plots is None or samples is None:
         return {}
-    drawn = {"reliability": plots.reliability_diagram(samples.diagram(trainer.plan.num_bins))}
-    callback = trainer.adaptive_callback
-    drawn.update(plots.adaptation_diagrams(() if callback is None else callback.history))
-    return drawn
+    return {"reliability": plots.reliability_diagram(samples.diagram(trainer.plan.num_bins))}
+
+
+def adaptation_pictures_of(trainer: "AdaFocalTrainer") -> dict[str, Any]:
+    """Draw how the loss adapted over training; matplotlib figures by name, none if it did not."""
+    plots, callback = pictures(), trainer.adaptive_callback
+    return {} if plots is None or callback is None else plots.adaptation_diagrams(callback.history)
 
 
 def _measured_set(trainer: "AdaFocalTrainer", test_dataset: Any) -> tuple[str, Any]:

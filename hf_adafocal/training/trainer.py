@@ -41,7 +41,7 @@ from hf_adafocal.training.plan import (
     with_direction_of_best_metric,
 )
 from hf_adafocal.training.recording_trainer import RecordingTrainer
-from hf_adafocal.training.run_report import pictures_of, report_of
+from hf_adafocal.training.run_report import adaptation_pictures_of, pictures_of, report_of
 from hf_adafocal.training.sample_rows import classes_second, mean_nll
 from hf_adafocal.training.smoothing_control import measure_slice
 from hf_adafocal.training.step_scale import StepScale
@@ -141,7 +141,8 @@ class AdaFocalTrainer(RecordingTrainer):
         self.adaptive_callback = self._new_adaptive_callback()
         self.add_callback(self.adaptive_callback or SaveAfterEvaluation())
         if set(TRACKERS) & set(self.args.report_to or ()):
-            self.add_callback(PictureCallback(partial(pictures_of, self), self._tensorboard_writer))
+            drawn = partial(pictures_of, self), partial(adaptation_pictures_of, self)
+            self.add_callback(PictureCallback(*drawn, self._tensorboard_writer))
 
     @property
     def calibration_dataset(self) -> Any:
