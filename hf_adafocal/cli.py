@@ -1,16 +1,17 @@
-"""The command `hf-adafocal`: parse and dispatch.
+"""The command `hf-adafocal`: train, compare, evaluate, scale, card, push, publish-metric, gate.
 
 Exit codes: 0 done, 1 a gate is not passed, 2 it could not be done (one line says why).
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run one verb; returns the exit code.
+    """Run one command and return its exit code.
 
     Args:
         arguments: The command line; that of the process if left out.
@@ -23,70 +24,137 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return options.run(options, rest)
     except (ValueError, OSError) as error:
         return _failed(options.verb, error)
-    except RuntimeError as error:
-        from hf_adafocal.hub.client import PushError
-
-        if not isinstance(error, PushError):
-            raise
-        return _failed(options.verb, error)
+    except Exception as error:
+        if type(error).__name__ == "PushError":  # of hub.client, which a gate need not import
+            return _failed(options.verb, error)
+        traceback.print_exc()  # a fault of this package; Python's own exit code 1 would mean "gate not passed"
+        return 2
 
 
 def _failed(verb: str, error: Exception) -> int:
-    print(f"hf-adafocal {verb}: {error}", file=sys.stderr)
+    print(f"hf-adafocal {verb}: {' '.join(str(error).split())}", file=sys.stderr)
     return 2
+
+
+class _Verb(argparse.ArgumentParser):
+    """Parser of one command; `--help` also shows the arguments that it passes on."""
+
+    passed_on: Callable[[], str] | None = None  # text that is costly to make
+
+    def format_help(self) -> str:
+        passed_on = "" if self.passed_on is None else self.passed_on()
+        text, example, epilog = super().format_help().rpartition("example: ")
+        return f"{text}{passed_on}\n{example}{epilog}"
+
+
+class _Version(argparse.Action):
+    """Print the version, which costs a look into the installed distribution, and exit."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        from importlib.metadata import version
+
+        print(f"hf-adafocal {version('hf-adafocal')}")
+        parser.exit()
+
+
+def _data_arguments() -> str:
+    from hf_adafocal.runs.arguments import data_help
+    from hf_adafocal.runs.tasks import TASKS
+
+    return data_help(TASKS)
+
+
+def _training_arguments() -> str:
+    from hf_adafocal.runs.arguments import loss_help
+
+    return f"{_data_arguments()}\n{loss_help()}"
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="hf-adafocal", description="Calibrated fine-tuning for Hugging Face models.")
-    verbs = parser.add_subparsers(dest="verb", required=True)
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the version and exit")
+    verbs = parser.add_subparsers(dest="verb", required=True, parser_class=_Verb)
 
-    def verb(name, run, summary, description, example, passes_on=False):
+    def verb(name, run, summary, description, example, passed_on=None):
         added = verbs.add_parser(
             name, help=summary, allow_abbrev=False, description=description, epilog=f"example: {example}"
         )
-        added.set_defaults(run=run, passes_on=passes_on)
+        added.set_defaults(run=run, passes_on=passed_on is not None)
+        added.passed_on = passed_on
         return added
+
+    train = verb(
+        "train", _train, "fine-tune a text or image classifier and report its calibration",
+        "Fine-tune a classifier with AdaFocal or another loss; write checkpoint, report, pictures and model card. The "
+        "arguments below describe data, model and loss.",
+        "hf-adafocal train text --dataset FOLDER --model_name_or_path distilbert/distilbert-base-uncased",
+        passed_on=_training_arguments,
+    )  # fmt: skip
+    train.add_argument("task", choices=("text", "vision"))
 
     compare = verb(
         "compare", _compare, "fine-tune with several losses and seeds, print one table and a verdict",
         "Fine-tune with several losses and seeds; print one table and a verdict, draw one figure. All other arguments "
-        "go to every run, as for scripts/train_text.py and scripts/train_vision.py.",
-        "hf-adafocal compare vision --losses cross_entropy adafocal --seeds 0 1 2", passes_on=True,
+        "go to every run, as in `hf-adafocal train`; settings of one loss go to that loss.",
+        "hf-adafocal compare vision --losses cross_entropy adafocal --seeds 0 1 2", passed_on=_training_arguments,
     )  # fmt: skip
     compare.add_argument("task", choices=("text", "vision"))
     compare.add_argument(
         "--losses",
         nargs="+",
         default=["cross_entropy", "focal", "flsd_53", "adafocal", "adaptive_label_smoothing"],
-        help="names of losses, adafocal:paper for the paper's rule, or all "
-        "(default: cross_entropy focal flsd_53 adafocal adaptive_label_smoothing)",
+        help="names of losses, or all (default: cross_entropy focal flsd_53 adafocal adaptive_label_smoothing)",
     )
-    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    compare.add_argument("--folder", type=Path, default=Path("runs/compare"), help="one folder a run goes in here")
-    compare.add_argument("--reuse", action="store_true", help="take runs that are finished instead of repeating them")
+    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
+    compare.add_argument(
+        "--folder", type=Path, default=Path("runs/compare"), help="holds a folder per run (default: runs/compare)"
+    )
+    compare.add_argument(
+        "--reuse", action="store_true", help="keep finished runs that were trained with the same arguments and data"
+    )
 
     evaluate = verb(
         "evaluate", _evaluate, "measure a checkpoint, trained with us or not: report.json, pictures, a table",
         "Measure the calibration of any local or Hub checkpoint on the test split of a data set, as it is and with a "
-        "temperature fitted on the calibration split. Other arguments describe the data: --dataset, --max_length, ...",
-        "hf-adafocal evaluate text runs/text --dataset 20_newsgroups --output runs/text", passes_on=True,
+        "temperature fitted on the calibration split. Of a run of this package, data set, columns, length and seed "
+        "are known; the arguments below describe other data.",
+        "hf-adafocal evaluate text my/checkpoint --dataset 20_newsgroups", passed_on=_data_arguments,
     )  # fmt: skip
-    evaluate.add_argument("--output", type=Path, help="folder of the report (default: the checkpoint's, if local)")
+    evaluate.add_argument(
+        "--output",
+        type=Path,
+        help="folder of the report (default: that of the run; runs/evaluate/NAME for other checkpoints)",
+    )
+    evaluate.add_argument(
+        "--predictions",
+        type=Path,
+        help="also write the probabilities and labels of the test split, as `gate` reads them: .parquet or .npz",
+    )
     scale = verb(
         "scale", _scale, "fit a temperature and fold it into the classifier head",
         "Fit a scaling on the calibration split, write a checkpoint with it folded in, and measure that. Any stock "
         "pipeline then gives calibrated scores.",
-        "hf-adafocal scale vision runs/vision --output runs/vision-calibrated", passes_on=True,
+        "hf-adafocal scale vision runs/vision --output runs/vision-calibrated", passed_on=_data_arguments,
     )  # fmt: skip
     scale.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
-    scale.add_argument("--method", choices=("temperature", "vector"), default="temperature")
+    scale.add_argument(
+        "--method",
+        choices=("temperature", "vector"),
+        default="temperature",
+        help="one temperature (default), or a factor and an offset per class",
+    )
     for measured in (evaluate, scale):
         measured.add_argument("task", choices=("text", "vision"))
         measured.add_argument("checkpoint", help="a folder or a Hub id")
-        measured.add_argument("--seed", type=int, help="of the splits (default: that of its report, or 0)")
-        measured.add_argument("--num-bins", type=int, default=15)
-        measured.add_argument("--batch-size", type=int, default=64)
-        measured.add_argument("--split-overlap", choices=("error", "warn", "skip"), default="error")
+        measured.add_argument("--seed", type=int, help="seed of the splits (default: that of the run, or 0)")
+        measured.add_argument("--num-bins", type=int, default=15, help="bins of the metrics (default: 15)")
+        measured.add_argument("--batch-size", type=int, default=64, help="samples of a forward pass (default: 64)")
+        measured.add_argument(
+            "--split-overlap",
+            choices=("error", "warn", "skip"),
+            default="error",
+            help="what to do if calibration and test split share rows: error (default), warn, skip",
+        )
 
     card = verb(
         "card", _card, "write or renew the model card of a run folder from its report.json",
@@ -151,9 +219,17 @@ def _parser() -> argparse.ArgumentParser:
 # Each verb imports what it needs: `gate` numpy, the others torch and transformers.
 
 
+def _train(options: argparse.Namespace, rest: list[str]) -> int:
+    from hf_adafocal.runs.finetune import train
+    from hf_adafocal.runs.tasks import TASKS
+
+    train(TASKS[options.task], rest, prog=f"hf-adafocal train {options.task}")
+    return 0
+
+
 def _compare(options: argparse.Namespace, rest: list[str]) -> int:
     from hf_adafocal.losses.registry import LOSSES
-    from hf_adafocal.runs.finetune import compare
+    from hf_adafocal.runs.compare import compare
     from hf_adafocal.runs.tasks import TASKS
 
     losses = list(LOSSES) if options.losses == ["all"] else options.losses
@@ -163,38 +239,38 @@ def _compare(options: argparse.Namespace, rest: list[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace, rest: list[str]) -> int:
+    from hf_adafocal.runs.run_record import record_or_report
+
     output = options.output
     if output is None:
-        output = Path(options.checkpoint)
-        if not output.is_dir():
-            raise ValueError(f"{output} is no local folder: say where the report goes with --output.")
-    return _measure(options, rest, options.checkpoint, output)
+        ours = record_or_report(options.checkpoint) is not None
+        output = Path(options.checkpoint) if ours else Path("runs/evaluate") / Path(options.checkpoint).resolve().name
+    return _measure(options, rest, options.checkpoint, output, options.predictions)
 
 
 def _scale(options: argparse.Namespace, rest: list[str]) -> int:
     from hf_adafocal.runs.evaluate import scale_checkpoint
 
-    scale_checkpoint(
-        _task(options, rest, options.checkpoint),
-        options.output,
-        method=options.method,
-        seed=_seed(options),
-        batch_size=options.batch_size,
-    )
+    task, seed = _task(options, rest, options.checkpoint)
+    scale_checkpoint(task, options.output, method=options.method, seed=seed, batch_size=options.batch_size)
     return _measure(options, rest, str(options.output), options.output)
 
 
-def _measure(options: argparse.Namespace, rest: list[str], checkpoint: str, output: Path) -> int:
+def _measure(
+    options: argparse.Namespace, rest: list[str], checkpoint: str, output: Path, predictions: Path | None = None
+) -> int:
     from hf_adafocal.report.files import save_report
     from hf_adafocal.report.tables import report_table
     from hf_adafocal.runs.evaluate import evaluate_checkpoint
 
+    task, seed = _task(options, rest, checkpoint)
     report = evaluate_checkpoint(
-        _task(options, rest, checkpoint),
-        _seed(options),
+        task,
+        seed,
         num_bins=options.num_bins,
         batch_size=options.batch_size,
         split_overlap=options.split_overlap,
+        predictions=predictions,
     )
     save_report(output, report)
     print(report_table(report))
@@ -203,22 +279,12 @@ def _measure(options: argparse.Namespace, rest: list[str], checkpoint: str, outp
 
 
 def _task(options: argparse.Namespace, rest: list[str], checkpoint: str):
-    from transformers import HfArgumentParser
+    """Return the task that a command line and the checkpoint's run describe, and the seed of its splits."""
+    from hf_adafocal.runs.run_record import task_of_checkpoint
 
-    from hf_adafocal.runs.tasks import TASKS
-
-    parser = HfArgumentParser(TASKS[options.task], prog=f"hf-adafocal {options.verb} {options.task}")
-    (task,) = parser.parse_args_into_dataclasses(["--model_name_or_path", checkpoint, *rest])
-    return task
-
-
-def _seed(options: argparse.Namespace) -> int:
-    from hf_adafocal.report.files import read_report
-
-    if options.seed is not None:
-        return options.seed
-    report = read_report(options.checkpoint)
-    return 0 if report is None or report.seed is None else report.seed
+    prog = f"hf-adafocal {options.verb} {options.task}"
+    task, seed = task_of_checkpoint(options.task, checkpoint, rest, prog)
+    return task, seed if options.seed is None else options.seed
 
 
 def _card(options: argparse.Namespace, rest: list[str]) -> int:

@@ -62,7 +62,7 @@ class GlobalPoolingCNNConfig(PretrainedConfig):
         self.pool_size = pool_size
         self.hidden_size = hidden_size
         self.dropout = dropout
-        super().__init__(pad_token_id=pad_token_id, **kwargs)
+        super().__init__(pad_token_id=pad_token_id, **kwargs)  # type: ignore[call-arg]
 
     @property
     def receptive_field(self) -> int:
@@ -93,7 +93,7 @@ class GlobalPoolingCNNForSequenceClassification(PreTrainedModel):
         )
         self.hidden = nn.Linear(config.num_filters, config.hidden_size)
         self.dropout = nn.Dropout(config.dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.classifier = nn.Linear(config.hidden_size, config.num_labels)  # type: ignore[arg-type]
         self.post_init()
 
     def _init_weights(self, module: nn.Module) -> None:
@@ -103,7 +103,8 @@ class GlobalPoolingCNNForSequenceClassification(PreTrainedModel):
                 module.weight[module.padding_idx].zero_()
         elif isinstance(module, nn.Linear | nn.Conv1d):
             nn.init.xavier_uniform_(module.weight)
-            nn.init.zeros_(module.bias)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def forward(
         self,

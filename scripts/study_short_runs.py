@@ -23,7 +23,8 @@ import torch
 
 from hf_adafocal.report.comparison import paired_difference, verdict
 from hf_adafocal.report.tables import COLUMNS, comparison_table
-from hf_adafocal.runs.finetune import finetune, parse_arguments
+from hf_adafocal.runs.arguments import parse_arguments
+from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import TASKS
 from hf_adafocal.training.smoothing_control import schedule
 

@@ -45,8 +45,8 @@ def to_rgb(image: PILImage.Image) -> PILImage.Image:
 
 def looks_like_eight_bits(images: list[PILImage.Image]) -> bool:
     """Tell whether all images are of 16 bits or more and none has a level above 255: likely unscaled 8-bit values."""
-    wide = [image for image in images if image.mode.startswith("I")]
-    return bool(wide) and len(wide) == len(images) and all(image.getextrema()[1] <= 255 for image in wide)
+    wide = [np.asarray(image) for image in images if image.mode.startswith("I")]
+    return bool(wide) and len(wide) == len(images) and all(pixels.max(initial=0) <= 255 for pixels in wide)
 
 
 def add_noise(image: PILImage.Image, deviation: float, generator: np.random.Generator) -> PILImage.Image:

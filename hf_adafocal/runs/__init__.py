@@ -1,9 +1,9 @@
-"""Whole runs from command-line arguments to a report: fine-tune, compare, evaluate, scale."""
+"""Runs from command-line arguments to a report: fine-tune, compare losses, evaluate and scale a checkpoint."""
 
 from hf_adafocal._lazy import lazy_attributes
 
 _HOMES = {
-    "compare": "finetune",
+    "compare": "compare",
     "evaluate_checkpoint": "evaluate",
     "finetune": "finetune",
     "scale_checkpoint": "evaluate",

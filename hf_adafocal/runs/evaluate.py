@@ -1,30 +1,38 @@
-"""A report of a checkpoint that is already there, trained with us or not, and a scaling folded into it."""
+"""Evaluate a checkpoint on the held-out splits of a data set, and fold a scaling into its head."""
 
+import tempfile
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, Trainer, TrainingArguments
+from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
+from hf_adafocal.data.fingerprint import Fingerprint
 from hf_adafocal.data.loading import HUB_IDS
 from hf_adafocal.data.overlap import check_splits
+from hf_adafocal.metrics.scores import softmax
 from hf_adafocal.report.facts import describe_model
 from hf_adafocal.report.files import read_report
 from hf_adafocal.report.schema import Report, build_report
 from hf_adafocal.report.weights import weights_hash
+from hf_adafocal.runs.run_record import published
 from hf_adafocal.runs.tasks import Prepared, Task
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
-from hf_adafocal.scaling.folding import fold_checkpoint, recorded_scaling
+from hf_adafocal.scaling.folding import fold_checkpoint, load_classifier, recorded_scaling
+from hf_adafocal.training.arguments import AdaFocalTrainingArguments
+from hf_adafocal.training.trainer import AdaFocalTrainer
 
 logger = logging.get_logger(__name__)
 
 FITS = {"temperature": fit_temperature_scaling, "vector": fit_vector_scaling}
+PREDICTION_FILES = (".parquet", ".npz")
 
 
 class Predictions(NamedTuple):
-    """What a checkpoint says of the held-out splits.
+    """Logits of a checkpoint on the held-out splits.
 
     Attributes:
         calibration: Logits `(N, C)`, classes in the order of the data's labels, and labels `(N,)`.
@@ -40,39 +48,58 @@ class Predictions(NamedTuple):
 
 
 def evaluate_checkpoint(
-    task: Task, seed: int = 0, *, num_bins: int = 15, batch_size: int = 64, split_overlap: str = "error"
+    task: Task,
+    seed: int = 0,
+    *,
+    num_bins: int = 15,
+    batch_size: int = 64,
+    split_overlap: str = "error",
+    predictions: str | Path | None = None,
 ) -> Report:
-    """The report of a checkpoint on the test split of a data set.
+    """Measure a checkpoint on the test split of a data set, as it is and with a temperature.
 
     Of a checkpoint with a folded scaling, "raw" is what it was before and "temperature_scaled" is what it gives now.
+    Nothing is written but `predictions`; `report.files.save_report` writes the report.
 
     Args:
         task: With `model_name_or_path`, any local or Hub checkpoint with a classifier.
         seed: Of the splits, where the data set has none of its own.
         num_bins: Bins of all binned metrics.
         batch_size: Samples of a forward pass.
-        split_overlap: What rows are that calibration and test share: "error", "warn" or "skip".
+        split_overlap: What to do if calibration and test share rows: "error", "warn" or "skip".
+        predictions: File for the probabilities and labels of the test split, as `hf-adafocal gate` reads them;
+            `.parquet` or `.npz`.
 
     Returns:
         The report; what the checkpoint's own report says of its training is kept.
 
     Raises:
-        ValueError: If the checkpoint's classes are not those of the data, or the splits share rows.
+        ValueError: If the checkpoint is no classifier or lacks weights, its classes are not those of the data, or the
+            splits share rows.
+
+    ```python
+    from hf_adafocal import evaluate_checkpoint
+    from hf_adafocal.runs.tasks import ImageTask
+
+    evaluate_checkpoint(ImageTask(model_name_or_path="runs/vision")).test.raw["ece"]
+    ```
     """
-    config = AutoConfig.from_pretrained(task.model_name_or_path)
-    found = predict(task, config, seed, batch_size)
+    if predictions is not None and Path(predictions).suffix not in PREDICTION_FILES:
+        raise ValueError(f"Predictions go to a {' or '.join(PREDICTION_FILES)} file, found {predictions}.")
+    before = read_report(task.model_name_or_path or "")
+    found = predict(task, seed, batch_size)
     splits = {"calibration": found.prepared.splits.calibration, "test": found.prepared.splits.test}
     blank = getattr(found.prepared.processing_class, "all_special_ids", ())
     check = check_splits(splits, split_overlap, blank_tokens=blank)
-    before = read_report(task.model_name_or_path)
     _compare_splits(before, check.fingerprints, seed)
-    dataset = HUB_IDS.get(task.dataset, task.dataset)
+    if predictions is not None:
+        write_predictions(predictions, *found.test)
     facts = describe_model(found.model)
     sizes = {
         role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
         for role, part in splits.items()
     }
-    known: dict[str, Any] = {"held_out": {"scaling": "calibration"}}
+    known: dict[str, Any] = {"held_out": {"scaling": "calibration"}, "training": {"task": published(task)}}
     if before is not None:  # what the checkpoint's own report says of its training still holds
         known = {
             "loss": before.loss,
@@ -84,14 +111,15 @@ def evaluate_checkpoint(
         }
         sizes = {**{role: part for role, part in before.splits.items() if role == "train"}, **sizes}
         facts = replace(facts, base_model=before.model.base_model)
+    order = class_order(found.model.config, found.prepared.splits.label_names)
     report = build_report(
         found.test,
         found.calibration,
         model=facts,
         num_bins=num_bins,
-        folded=_in_order(recorded_scaling(config), class_order(config, found.prepared.splits.train)),
-        weights=weights_hash(task.model_name_or_path),
-        evaluated_on=dataset,
+        folded=_in_order(recorded_scaling(found.model.config), order),
+        weights=weights_hash(task.model_name_or_path or ""),
+        evaluated_on=HUB_IDS.get(task.dataset, task.dataset),
         splits=sizes,
         overlap={"policy": split_overlap, "rows": check.overlap},
         seed=seed,
@@ -114,50 +142,105 @@ def scale_checkpoint(
 
     Raises:
         ValueError: If the method is unknown, or as `evaluate_checkpoint` and `folding.fold_scaling`.
+
+    ```python
+    from hf_adafocal import scale_checkpoint
+    from hf_adafocal.runs.tasks import ImageTask
+
+    scale_checkpoint(ImageTask(model_name_or_path="runs/vision"), "runs/vision-calibrated")
+    ```
     """
     if method not in FITS:
         raise ValueError(f"method must be one of {', '.join(FITS)}; found {method!r}.")
-    config = AutoConfig.from_pretrained(task.model_name_or_path)
-    if recorded_scaling(config) is not None:
-        raise ValueError(
-            f"{task.model_name_or_path} has a scaling folded in already; undo it with hf_adafocal.unfold_scaling "
-            "first."
-        )
-    found = predict(task, config, seed, batch_size)
-    order = class_order(config, found.prepared.splits.train)
+    folder = task.model_name_or_path or ""
+    if recorded_scaling(load_classifier(folder).config) is not None:
+        raise ValueError(f"{folder} has a scaling folded in already; undo it with hf_adafocal.unfold_scaling first.")
+    found = predict(task, seed, batch_size)
+    order = class_order(found.model.config, found.prepared.splits.label_names)
     logits, labels = found.calibration
     # The head has the checkpoint's order of classes, which may not be that of the data.
-    scaling = FITS[method](logits[:, np.argsort(order)], order[labels])
-    fold_checkpoint(task.model_name_or_path, scaling, output)
+    fit: Any = FITS[method]
+    scaling = fit(logits[:, np.argsort(order)], order[labels])
+    fold_checkpoint(folder, scaling, output)
     return scaling
 
 
-def predict(task: Task, config: PretrainedConfig, seed: int = 0, batch_size: int = 64) -> Predictions:
-    """Logits of the calibration and the test split."""
+def predict(task: Task, seed: int = 0, batch_size: int = 64) -> Predictions:
+    """Compute the logits of a checkpoint on the calibration and the test split.
+
+    Args:
+        task: With `model_name_or_path`.
+        seed: Of the splits.
+        batch_size: Samples of a forward pass.
+
+    Raises:
+        ValueError: If the checkpoint is no classifier or lacks weights, or its classes are not those of the data.
+    """
+    model = load_classifier(task.model_name_or_path or "")
     prepared = task.prepare(seed)
-    order = class_order(config, prepared.splits.train)
-    arguments = TrainingArguments(
-        per_device_eval_batch_size=batch_size,
-        remove_unused_columns=task.training_defaults.get("remove_unused_columns", True),
-        report_to="none",
-    )
-    trainer = Trainer(prepared.model_init(), arguments, data_collator=prepared.data_collator)
-    held_out = []
-    for part in (prepared.splits.calibration, prepared.splits.test):
-        outputs = trainer.predict(part)
-        logits = outputs.predictions[0] if isinstance(outputs.predictions, tuple) else outputs.predictions
-        held_out.append((logits[:, order], outputs.label_ids))
-    return Predictions(*held_out, prepared, trainer.model)
+    order = class_order(model.config, prepared.splits.label_names)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = AdaFocalTrainingArguments(
+            folder,
+            loss="cross_entropy",
+            per_device_eval_batch_size=batch_size,
+            remove_unused_columns=task.training_defaults.get("remove_unused_columns", True),
+            report_to="none",
+        )
+        trainer = AdaFocalTrainer(model, arguments, data_collator=prepared.data_collator)
+        measured = {role: trainer.measure(getattr(prepared.splits, role), role)[1] for role in ("calibration", "test")}
+    logits = {}
+    for role, found in measured.items():
+        if found is None:
+            raise ValueError(
+                f"The logits of the {role} split are too many to keep: {len(getattr(prepared.splits, role))} samples "
+                f"with {model.config.num_labels} classes. Evaluate a part of it."
+            )
+        logits[role] = (found[0][:, order], found[1])
+    return Predictions(logits["calibration"], logits["test"], prepared, model)
 
 
-def class_order(config: PretrainedConfig, train: Any) -> np.ndarray:
-    """For each label of the data the checkpoint's logit, shape `(C,)`: by name, or by number if it has no names.
+def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray) -> None:
+    """Write probabilities and labels as `hf-adafocal gate` reads them.
+
+    Args:
+        path: A `.parquet` file (columns `probabilities`, a list per row, and `label`) or an `.npz` file (arrays of
+            these names).
+        logits: Shape `(N, C)`.
+        labels: Shape `(N,)`.
+
+    Raises:
+        ValueError: If the file has another suffix.
+    """
+    path = Path(path)
+    probabilities = softmax(np.asarray(logits, dtype=float))
+    if path.suffix == ".npz":
+        np.savez_compressed(path, probabilities=probabilities, label=labels)
+    elif path.suffix == ".parquet":
+        import pyarrow as pa
+        from pyarrow import parquet
+
+        rows = pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), probabilities.shape[1])
+        columns = {"probabilities": rows.cast(pa.list_(pa.float64())), "label": pa.array(np.asarray(labels))}
+        parquet.write_table(pa.table(columns), path)
+    else:
+        raise ValueError(f"Predictions go to a {' or '.join(PREDICTION_FILES)} file, found {path}.")
+
+
+def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
+    """Return for each label of the data the index of the checkpoint's logit, shape `(C,)`.
+
+    Classes are matched by name, or by number if the checkpoint has no names.
+
+    Args:
+        config: Of the checkpoint.
+        names: Class names in the order of the data's labels.
 
     Raises:
         ValueError: If the classes are not the same.
     """
-    names = train.features["labels" if "labels" in train.features else "label"].names
-    known = [str(config.id2label[index]) for index in range(config.num_labels)]
+    labels: Mapping[Any, str] = config.id2label or {}
+    known = [str(labels[index]) for index in range(len(labels))]
     if sorted(known) == sorted(names):
         return np.asarray([known.index(name) for name in names])
     generic = all(name == f"LABEL_{index}" for index, name in enumerate(known))
@@ -171,21 +254,23 @@ def class_order(config: PretrainedConfig, train: Any) -> np.ndarray:
 
 
 def _in_order(scaling: Scaling | None, order: np.ndarray) -> Scaling | None:
-    """A scaling of the head's classes as one of the data's."""
+    """Return a scaling of the head's classes as one of the data's."""
     if scaling is None:
         return None
-    parts = {
-        name: tuple(np.asarray(value)[order].tolist()) if isinstance(value, tuple) else value
-        for name, value in (("scale", scaling.scale), ("bias", scaling.bias))
-    }
-    return replace(scaling, **parts)
+
+    def ordered(value: Any) -> Any:
+        return tuple(np.asarray(value)[order].tolist()) if isinstance(value, tuple) else value
+
+    return replace(scaling, scale=ordered(scaling.scale), bias=ordered(scaling.bias))
 
 
-def _compare_splits(before: Report | None, prints: dict[str, Any], seed: int) -> None:
+def _compare_splits(before: Report | None, prints: Mapping[str, Fingerprint | None], seed: int) -> None:
+    """Warn if the test split is not the one that the checkpoint's own report describes."""
     then = {} if before is None else before.splits.get("test", {})
     now = prints.get("test")
-    if then.get("hash") and now is not None and then["hash"] != now.hash:
+    if before is not None and then.get("hash") and now is not None and then["hash"] != now.hash:
         logger.warning(
-            f"This test split is not the one of the checkpoint's own report (seed {before.seed}, here {seed}): "
-            "it may hold rows the checkpoint was trained on. Use the seed of the run."
+            "This test split is not the one of the checkpoint's own report, so it may hold rows that the checkpoint "
+            f"was trained on. The report's seed is {before.seed}, here it is {seed}; the data set, its columns or the "
+            "length of texts may differ too."
         )

@@ -80,6 +80,10 @@ class Task:
     from_scratch: ClassVar[dict[str, Any]] = {}
     fine_tuned: ClassVar[dict[str, Any]] = {}
 
+    def prepare(self, seed: int) -> Prepared:
+        """Load and encode the data, and describe the model."""
+        raise NotImplementedError
+
     @property
     def training_defaults(self) -> dict[str, Any]:
         """Default training arguments of the task."""
@@ -112,7 +116,8 @@ class TextTask(Task):
 
     from_scratch: ClassVar[dict[str, Any]] = {
         "output_dir": "runs/text",
-        "loss": "adafocal",
+        "calibrate_at_end": True,
+        "eval_strategy": "epoch",
         "num_train_epochs": 10,
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 32,
@@ -130,13 +135,18 @@ class TextTask(Task):
     }
 
     def prepare(self, seed: int) -> Prepared:
-        """Read and tokenize the data; a CNN's tokenizer is trained on the training texts."""
+        """Load and tokenize the data; the tokenizer of a CNN from scratch is trained on the training texts."""
         splits = self.load(seed)
         names = splits.label_names
-        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+        labels: dict[str, Any] = {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
         if self.model_name_or_path is None:
             pairs = splits.train["text_pair"][:] if "text_pair" in splits.train.column_names else []
-            tokenizer = train_word_level_tokenizer([*splits.train["text"], *pairs], self.vocab_size, self.max_length)
+            tokenizer: Any = train_word_level_tokenizer(
+                [*splits.train["text"], *pairs], self.vocab_size, self.max_length
+            )
             config: Any = GlobalPoolingCNNConfig(
                 vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id, num_labels=len(names), **labels
             )
@@ -144,12 +154,13 @@ class TextTask(Task):
             def model_init() -> PreTrainedModel:
                 return GlobalPoolingCNNForSequenceClassification(config)
         else:
-            tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
-            config = AutoConfig.from_pretrained(self.model_name_or_path)
+            checkpoint = self.model_name_or_path
+            tokenizer = AutoTokenizer.from_pretrained(checkpoint)
+            config = AutoConfig.from_pretrained(checkpoint)
 
             def model_init() -> PreTrainedModel:
                 return AutoModelForSequenceClassification.from_pretrained(
-                    self.model_name_or_path, num_labels=len(names), ignore_mismatched_sizes=True, **labels
+                    checkpoint, num_labels=len(names), ignore_mismatched_sizes=True, **labels
                 )
 
         encoded = encode_texts(splits, tokenizer, self.max_length, config=config)
@@ -178,7 +189,8 @@ class ImageTask(Task):
 
     from_scratch: ClassVar[dict[str, Any]] = {
         "output_dir": "runs/vision",
-        "loss": "adafocal",
+        "calibrate_at_end": True,
+        "eval_strategy": "epoch",
         "num_train_epochs": 50,
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 32,
@@ -198,7 +210,7 @@ class ImageTask(Task):
     }
 
     def prepare(self, seed: int) -> Prepared:
-        """Read the data; images are encoded as they are read."""
+        """Load the data; images are encoded as they are read."""
         splits = self.load(seed)
         names = splits.label_names
         if self.model_name_or_path is None:
@@ -211,11 +223,12 @@ class ImageTask(Task):
             config = model_init().config
             processor = TimmWrapperImageProcessor(config.pretrained_cfg, architecture=config.architecture)
         else:
-            processor = AutoImageProcessor.from_pretrained(self.model_name_or_path)
+            checkpoint = self.model_name_or_path
+            processor = AutoImageProcessor.from_pretrained(checkpoint)
 
             def model_init() -> PreTrainedModel:
                 return AutoModelForImageClassification.from_pretrained(
-                    self.model_name_or_path,
+                    checkpoint,
                     num_labels=len(names),
                     id2label=dict(enumerate(names)),
                     label2id={name: index for index, name in enumerate(names)},

@@ -147,7 +147,7 @@ def fold_checkpoint(folder: str | Path, scaling: Scaling, output: str | Path | N
         ValueError: If the checkpoint is no classifier, lacks weights, or as `fold_scaling`. No file is then changed.
     """
     folder, output = Path(folder), Path(output or folder)
-    model = _load_classifier(folder)
+    model = load_classifier(folder)
     fold_scaling(model, scaling)
 
     output.mkdir(parents=True, exist_ok=True)
@@ -212,7 +212,15 @@ def _rescale(head: nn.Linear | nn.Conv2d, scale: Any, bias: Any) -> None:
             head.bias.copy_((head.bias.cpu().double() * scale + bias).to(head.bias.dtype))
 
 
-def _load_classifier(folder: Path) -> PreTrainedModel:
+def load_classifier(folder: str | Path) -> PreTrainedModel:
+    """Load the checkpoint of a classifier in the dtype it was saved in.
+
+    Args:
+        folder: A local folder or a Hub id.
+
+    Raises:
+        ValueError: If it is no classifier, or lacks weights (of its head, say), which would be random.
+    """
     architecture = (AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
     task = architecture[architecture.rfind("For") :]  # ForSequenceClassification, ForImageClassification, ...
     auto = getattr(transformers, f"AutoModel{task}", None)
@@ -222,7 +230,8 @@ def _load_classifier(folder: Path) -> PreTrainedModel:
     if info["missing_keys"] or info["mismatched_keys"]:
         missing = sorted(info["missing_keys"]) or info["mismatched_keys"]
         raise ValueError(
-            f"The checkpoint in {folder} has no weights for {missing}: there is nothing calibrated in it."
+            f"The checkpoint in {folder} has no weights for {missing}: they would be random, and so would the scores. "
+            "Fine-tune it first."
         )
     return model
 

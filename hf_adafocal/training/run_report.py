@@ -45,7 +45,8 @@ def report_of(
         fitted = logits if calibration is dataset else trainer.measure(calibration, "calibration")[1]
     if ood is not None:
         facts["ood"] = (ood[0], trainer.predict(ood[1], metric_key_prefix="ood").predictions)
-    known = {**_facts(trainer, split, dataset), **facts}
+    known = _facts(trainer, split, dataset)
+    known = {**known, **facts, "training": {**known["training"], **facts.get("training", {})}}
     return build_report(_results(trainer, split, metrics) if logits is None else logits, fitted, **known)
 
 

@@ -1,27 +1,29 @@
 """Reports of checkpoints that are there already, scalings folded into them, and the commands that do it."""
 
 import json
-import subprocess
-import sys
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import torch
 from huggingface_hub import ModelCard
 from transformers import AutoModelForImageClassification, pipeline
 
 from hf_adafocal import cli
 from hf_adafocal.data.loading import load_splits
+from hf_adafocal.metrics.scores import calibration_report
+from hf_adafocal.runs.arguments import parse_arguments
 from hf_adafocal.runs.evaluate import class_order, evaluate_checkpoint, scale_checkpoint
-from hf_adafocal.runs.finetune import finetune, parse_arguments
+from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import ImageTask
-from hf_adafocal.scaling.folding import recorded_scaling
 
 pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
 QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "5", "--learning_rate", "3e-3"]
+QUICK += ["--calibrate_at_end", "false"]
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +85,7 @@ class TestEvaluateCheckpoint:
             evaluate_checkpoint(task(run[0]), seed=4)
         finally:
             transformers.utils.logging.disable_propagation()
-        assert "may hold rows the checkpoint was trained on" in caplog.text
+        assert "it may hold rows that the checkpoint was trained on" in caplog.text
 
     def test_of_a_folded_checkpoint_it_tells_before_from_now(self, run, scaled):
         found = evaluate_checkpoint(task(scaled), seed=3).to_dict()
@@ -98,21 +100,21 @@ class Config:
 
 
 class TestClassOrder:
-    train = load_splits().train
+    names = [str(k) for k in range(10)]
 
     def test_classes_are_found_by_name(self):
         names = [str(k) for k in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
-        assert [names[k] for k in class_order(Config(names), self.train)] == [str(k) for k in range(10)]
+        assert [names[k] for k in class_order(Config(names), self.names)] == [str(k) for k in range(10)]
 
     def test_classes_without_names_are_taken_as_they_come(self):
-        assert class_order(Config([f"LABEL_{k}" for k in range(10)]), self.train).tolist() == list(range(10))
+        assert class_order(Config([f"LABEL_{k}" for k in range(10)]), self.names).tolist() == list(range(10))
 
     @pytest.mark.parametrize(
         "names", [["cat", "dog"], [f"LABEL_{k}" for k in range(9)], [f"no {k}" for k in range(10)]]
     )
     def test_other_classes_are_an_error_that_shows_both(self, names):
         with pytest.raises(ValueError, match=rf"has {len(names)} classes \({names[0]}.*the data 10 \(0, 1"):
-            class_order(Config(names), self.train)
+            class_order(Config(names), self.names)
 
 
 class TestScaleCheckpoint:
@@ -155,66 +157,38 @@ class TestScaleCheckpoint:
             scale_checkpoint(task(run[0]), tmp_path, method="isotonic")
 
 
-class TestCommands:
-    def test_evaluate_prints_the_table_and_writes_into_the_run(self, run, capsys):
-        folder, report = run
-        (folder / "report.json").write_text(json.dumps(report))
-        (folder / "README.md").unlink()
-        assert cli.main(["evaluate", "vision", str(folder)]) == 0
-        assert f"| {100 * report['test']['raw']['accuracy']:.2f}" in capsys.readouterr().out
-        assert (folder / "README.md").exists()
+class TestPredictions:
+    @pytest.mark.parametrize("suffix", ["parquet", "npz"])
+    def test_the_gate_reads_them_and_finds_the_ece_of_the_report(self, run, tmp_path, suffix, capsys):
+        path = tmp_path / f"predictions.{suffix}"
+        report = evaluate_checkpoint(task(run[0]), seed=3, predictions=path)
+        assert cli.main(["gate", str(path), "--max-ece", "1"]) == 0
+        assert f"ECE {report.test.raw['ece']:.4g}"[:9] in capsys.readouterr().out
 
-    def test_card_keeps_what_the_user_wrote(self, run, capsys):
-        folder, _ = run
-        readme = folder / "README.md"
-        readme.write_text(readme.read_text() + "\n## Ours\n")
-        assert cli.main(["card", str(folder), "--repo-id", "me/digits", "--license", "mit"]) == 0
-        assert readme.read_text().endswith("## Ours\n") and 'model="me/digits"' in readme.read_text()
-        assert ModelCard.load(readme).data.license == "mit"
+    def test_they_are_probabilities_and_labels_in_the_order_of_the_test_split(self, run, tmp_path):
+        evaluate_checkpoint(task(run[0]), seed=3, predictions=tmp_path / "p.npz")
+        saved = np.load(tmp_path / "p.npz")
+        assert saved["label"].tolist() == load_splits(seed=3).test["label"][:]
+        found = calibration_report(saved["probabilities"], saved["label"])
+        assert found == pytest.approx(run[1]["test"]["raw"], rel=1e-4)
 
-    @pytest.mark.parametrize(
-        ("line", "message"),
-        [
-            (["evaluate", "vision", "no/such/checkpoint/here"], "say where the report goes with --output"),
-            (["card", "."], "holds no report.json"),
-            (["push", "nowhere", "me/x"], "nowhere"),
-            (["publish-metric", "no_such_metric", "me"], "no_such_metric"),
-        ],
-        ids=lambda value: value[0] if isinstance(value, list) else "",
-    )
-    def test_what_cannot_be_done_is_one_line_and_exit_code_2(self, line, message, capsys):
-        assert cli.main(line) == 2
-        found = capsys.readouterr().err.strip().splitlines()[-1]
-        assert found.startswith(f"hf-adafocal {line[0]}: ") and message in found
+    def test_another_kind_of_file_is_refused_before_anything_is_read(self, tmp_path):
+        with pytest.raises(ValueError, match=r"go to a .parquet or .npz file, found .*p.txt"):
+            evaluate_checkpoint(task("no/such/checkpoint"), predictions=tmp_path / "p.txt")
 
-    @pytest.mark.parametrize("verb", ["compare", "evaluate", "scale", "card", "push", "publish-metric", "gate"])
-    def test_the_help_of_each_verb_has_an_example(self, verb, capsys):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([verb, "--help"])
-        assert exit_.value.code == 0 and f"example: hf-adafocal {verb} " in " ".join(capsys.readouterr().out.split())
 
-    def test_push_says_what_it_left_out_and_that_a_second_one_has_nothing_new(self, scaled, local_hub, capsys):
-        (scaled / "training_args.bin").write_bytes(b"\x80\x04.")
-        for answer in ("pushed to", "nothing new for"):
-            assert cli.main(["push", str(scaled), "me/digits"]) == 0
-            out = capsys.readouterr().out
-            assert answer in out and "left out training_args.bin" in out
+class TestUnfitCheckpoints:
+    def test_one_without_a_classifier_head_is_refused(self, run, tmp_path):
+        from safetensors.torch import load_file, save_file
 
-    @pytest.mark.slow
-    def test_from_training_to_calibrated_scores_in_a_fresh_process(self, scaled, local_hub, tmp_path):
-        assert cli.main(["push", str(scaled), "me/digits"]) == 0
-        load_splits(seed=3).test[0]["image"].convert("RGB").save(tmp_path / "digit.png")
-        code = (
-            "import json, sys; from transformers import pipeline; "
-            "print(json.dumps(pipeline('image-classification', model='me/digits')(sys.argv[1], top_k=10)))"
-        )
-        environment = {"PATH": "/usr/bin:/bin", **local_hub.environment(tmp_path / "home", "hf_writer")}
-        result = subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / "digit.png")], capture_output=True, text=True, env=environment
-        )
-        assert result.returncode == 0, result.stderr[-2000:]
-        here = pipeline("image-classification", model=str(scaled))(str(tmp_path / "digit.png"), top_k=10)
-        there = json.loads(result.stdout.splitlines()[-1])
-        assert [entry["label"] for entry in there] == [entry["label"] for entry in here]
-        np.testing.assert_allclose([e["score"] for e in there], [e["score"] for e in here], atol=1e-6)
-        assert recorded_scaling(AutoModelForImageClassification.from_pretrained(scaled).config) is not None
+        shutil.copytree(run[0], tmp_path / "headless")
+        weights = tmp_path / "headless" / "model.safetensors"
+        kept = {name: tensor for name, tensor in load_file(weights).items() if "head" not in name}
+        save_file(kept, weights, {"format": "pt"})
+        with pytest.raises(ValueError, match=r"no weights for \['timm_model.head.bias', .*they would be random"):
+            evaluate_checkpoint(task(tmp_path / "headless"), seed=3)
+
+    def test_one_that_is_no_classifier_is_refused(self, tmp_path):
+        tiny.bert().bert.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="Expected the checkpoint of a classifier.*BertModel"):
+            evaluate_checkpoint(task(tmp_path))

@@ -10,10 +10,11 @@ import torch
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BertTokenizerFast, pipeline
 
-from hf_adafocal import cli
 from hf_adafocal.data.loading import load_splits
 from hf_adafocal.metrics.scores import calibration_report
-from hf_adafocal.runs.finetune import compare, finetune, parse_arguments
+from hf_adafocal.runs.arguments import parse_arguments
+from hf_adafocal.runs.finetune import finetune
+from hf_adafocal.runs.run_record import RunRecord, read_record
 from hf_adafocal.runs.tasks import ImageTask, TextTask
 
 pytest.importorskip("timm", reason="timm is the extra `vision`")
@@ -47,11 +48,13 @@ class TestParseArguments:
     def test_a_task_brings_training_arguments_of_its_own(self, tmp_path):
         task, args = parse_arguments(ImageTask, ["--output_dir", str(tmp_path)])
         assert (task.dataset, args.loss, args.num_train_epochs) == ("digits", "adafocal", 50)
+        assert args.calibrate_at_end is True and args.eval_strategy == "epoch"
         assert args.remove_unused_columns is False
 
     def test_a_pretrained_model_gets_the_settings_of_a_fine_tune(self, tmp_path):
         _, args = parse_arguments(TextTask, ["--model_name_or_path", "x", "--output_dir", str(tmp_path)])
         assert (args.num_train_epochs, args.learning_rate) == (3, 5e-5)
+        assert args.loss == "adafocal" and args.calibrate_at_end is True
 
     def test_the_user_goes_first(self, tmp_path):
         task, args = parse_arguments(
@@ -68,9 +71,7 @@ class TestParseArguments:
 def vision_run(tmp_path_factory):
     """A short run on digits: its folder and report."""
     folder = tmp_path_factory.mktemp("vision")
-    report = finetune(
-        *parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(folder), "--seed", "3"])
-    ).to_dict()
+    report = finetune(*parse_arguments(ImageTask, [*QUICK, "--output_dir", str(folder), "--seed", "3"])).to_dict()
     return folder, report
 
 
@@ -78,7 +79,8 @@ class TestFinetune:
     def test_the_folder_holds_checkpoint_report_and_pictures(self, vision_run):
         folder, report = vision_run
         assert json.loads((folder / "report.json").read_text()) == report
-        assert {"model.safetensors", "config.json", "trainer_state.json"} <= {path.name for path in folder.iterdir()}
+        expected = {"model.safetensors", "config.json", "trainer_state.json", "run_arguments.json", "README.md"}
+        assert expected <= {path.name for path in folder.iterdir()}
         for name in ("reliability.png", "gamma.png"):
             assert (folder / name).read_bytes()[:4] == b"\x89PNG"
 
@@ -91,8 +93,24 @@ class TestFinetune:
             pixels = processor([image.convert("RGB") for image in test["image"]], return_tensors="pt")
             p = model(**pixels).logits.double().softmax(-1).numpy()
         expected = calibration_report(p, np.asarray(test["label"][:]))
-        assert report["test"]["raw"] == pytest.approx(expected, rel=1e-4)
+        assert report["folded"] is True and report["test"]["temperature_scaled"] == pytest.approx(expected, rel=1e-4)
         assert sizes(report) == {"train": 200, "calibration": 144, "test": 360}
+
+    def test_folding_a_temperature_changes_neither_row_of_the_report(self, vision_run, tmp_path):
+        line = [*QUICK, "--output_dir", str(tmp_path), "--seed", "3", "--calibrate_at_end", "false"]
+        report = finetune(*parse_arguments(ImageTask, line)).to_dict()
+        assert vision_run[1]["folded"] is True and report["folded"] is False
+        for name in ("raw", "temperature_scaled"):
+            assert report["test"][name] == pytest.approx(vision_run[1]["test"][name], rel=1e-3)
+        assert report["test"]["temperature"] == pytest.approx(vision_run[1]["test"]["temperature"], rel=1e-3)
+
+    def test_the_record_of_the_run_says_all_its_arguments_and_the_report_no_path(self, vision_run):
+        folder, report = vision_run
+        task, args = parse_arguments(ImageTask, [*QUICK, "--output_dir", str(folder), "--seed", "3"])
+        assert read_record(folder).differences(RunRecord.of(task, args)) == []
+        assert read_record(folder).seed == 3 and read_record(folder).task["max_train_samples"] == 200
+        assert report["training"]["task"]["kind"] == "vision" and "runtime_seconds" in report["training"]
+        assert str(folder) not in json.dumps(report)
 
     def test_the_checkpoint_works_in_a_pipeline(self, vision_run):
         folder, _ = vision_run
@@ -107,7 +125,7 @@ class TestFinetune:
         saved = json.loads((vision_run[0] / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
         assert report["adaptation"][-1]["gammas"] == saved["gammas"]
 
-    def test_the_knob_of_the_temperature_rule_is_in_the_report_and_on_the_card(self, tmp_path):
+    def test_epsilon_of_every_update_is_in_the_report_and_on_the_card(self, tmp_path):
         line = [
             *QUICK,
             "--output_dir",
@@ -126,6 +144,7 @@ class TestFinetune:
 
     def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path):
         line = [*QUICK, "--output_dir", str(tmp_path), "--loss", "cross_entropy", "--ood", "noise", "--seed", "3"]
+        line += ["--calibrate_at_end", "false"]
         report = finetune(*parse_arguments(ImageTask, line)).to_dict()
         model = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
         processor, splits = AutoImageProcessor.from_pretrained(tmp_path), load_splits(seed=3, ood="noise")
@@ -141,9 +160,7 @@ class TestFinetune:
 
     def test_one_seed_gives_one_result(self, vision_run, tmp_path):
         _, report = vision_run
-        again = finetune(
-            *parse_arguments(ImageTask, [*QUICK, *PAPER, "--output_dir", str(tmp_path), "--seed", "3"])
-        ).to_dict()
+        again = finetune(*parse_arguments(ImageTask, [*QUICK, "--output_dir", str(tmp_path), "--seed", "3"])).to_dict()
         assert again["test"] == report["test"] and again["adaptation"] == report["adaptation"]
 
     def test_a_text_model_is_trained_from_scratch_with_a_tokenizer_of_its_own(self, tmp_path):
@@ -177,40 +194,6 @@ class TestFinetune:
         assert finetune(task, args).training["learning_rate"] == 5e-5
 
 
-class TestCompare:
-    def test_runs_of_one_seed_differ_in_the_loss_alone(self, tmp_path):
-        reports = compare(ImageTask, QUICK, ["cross_entropy", "focal"], [0, 1], tmp_path)
-        assert {loss: [report.seed for report in runs] for loss, runs in reports.items()} == {
-            "cross_entropy": [0, 1], "focal": [0, 1],
-        }  # fmt: skip
-        assert (tmp_path / "comparison.png").read_bytes()[:4] == b"\x89PNG"
-        *table, blank, verdict = (tmp_path / "comparison.md").read_text().splitlines()
-        assert len(table) == 2 + 2 * 2 and blank == "" and verdict.startswith("2 seeds, paired differences")
-        assert {path.name for path in tmp_path.iterdir() if path.is_dir()} == {
-            "cross_entropy-0", "cross_entropy-1", "focal-0", "focal-1",
-        }  # fmt: skip
-
-    def test_an_unknown_loss_is_an_error_before_anything_is_trained(self, tmp_path):
-        with pytest.raises(ValueError, match="losses must be among cross_entropy.*found hinge"):
-            compare(ImageTask, QUICK, ["cross_entropy", "hinge"], [0], tmp_path)
-        assert not list(tmp_path.iterdir())
-
-    def test_the_command_prints_the_table_and_can_reuse_finished_runs(self, tmp_path, capsys):
-        line = ["compare", "vision", "--losses", "focal", "--seeds", "0", "--folder", str(tmp_path), *QUICK]
-        assert cli.main(line) == 0
-        table = capsys.readouterr().out.splitlines()[-4:]
-        assert table[-2].startswith("| focal | 1     | none")
-        report = tmp_path / "focal-0" / "report.json"
-        before = report.stat().st_mtime_ns
-        assert cli.main([*line, "--reuse"]) == 0
-        assert capsys.readouterr().out.splitlines()[-4:] == table and report.stat().st_mtime_ns == before
-
-    def test_without_a_verb_the_command_says_how_to_use_it(self, capsys):
-        with pytest.raises(SystemExit) as exit_:
-            cli.main([])
-        assert exit_.value.code == 2 and "compare" in capsys.readouterr().err
-
-
 class TestScripts:
     @pytest.mark.parametrize(
         "launcher",
@@ -225,7 +208,12 @@ class TestScripts:
     )
     def test_two_processes_write_one_report_and_print_one_table(self, tmp_path, launcher):
         script = [str(SCRIPTS / "train_vision.py"), *QUICK, "--output_dir", str(tmp_path)]
-        environment = {"OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "home"), "PATH": "/usr/bin:/bin"}
+        environment = {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(SCRIPTS.parent),
+            "HF_HOME": str(tmp_path / "home"),
+            "PATH": "/usr/bin:/bin",
+        }
         result = subprocess.run(
             [sys.executable, "-m", *launcher, *script], capture_output=True, text=True, env=environment, timeout=300
         )

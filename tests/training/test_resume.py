@@ -11,7 +11,8 @@ import tiny
 import torch
 from accelerate import debug_launcher
 
-from hf_adafocal.runs.finetune import finetune, parse_arguments
+from hf_adafocal.runs.arguments import parse_arguments
+from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import ImageTask
 
 STRATEGIES = {
