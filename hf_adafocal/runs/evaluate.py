@@ -87,7 +87,7 @@ def evaluate_checkpoint(
     if predictions is not None and Path(predictions).suffix not in PREDICTION_FILES:
         raise ValueError(f"Predictions go to a {' or '.join(PREDICTION_FILES)} file, found {predictions}.")
     before = read_report(task.model_name_or_path or "")
-    found = predict(task, seed, batch_size)
+    found = predict(task, load_classifier(task.model_name_or_path or ""), seed, batch_size)
     splits = {"calibration": found.prepared.splits.calibration, "test": found.prepared.splits.test}
     blank = getattr(found.prepared.processing_class, "all_special_ids", ())
     check = check_splits(splits, split_overlap, blank_tokens=blank)
@@ -117,7 +117,7 @@ def evaluate_checkpoint(
         found.calibration,
         model=facts,
         num_bins=num_bins,
-        folded=_in_order(recorded_scaling(found.model.config), order),
+        folded=_in_order(recorded_scaling(found.model), order),
         weights=weights_hash(task.model_name_or_path or ""),
         evaluated_on=HUB_IDS.get(task.dataset, task.dataset),
         splits=sizes,
@@ -153,9 +153,10 @@ def scale_checkpoint(
     if method not in FITS:
         raise ValueError(f"method must be one of {', '.join(FITS)}; found {method!r}.")
     folder = task.model_name_or_path or ""
-    if recorded_scaling(load_classifier(folder).config) is not None:
+    model = load_classifier(folder)
+    if recorded_scaling(model) is not None:
         raise ValueError(f"{folder} has a scaling folded in already; undo it with hf_adafocal.unfold_scaling first.")
-    found = predict(task, seed, batch_size)
+    found = predict(task, model, seed, batch_size)
     order = class_order(found.model.config, found.prepared.splits.label_names)
     logits, labels = found.calibration
     # The head has the checkpoint's order of classes, which may not be that of the data.
@@ -165,18 +166,18 @@ def scale_checkpoint(
     return scaling
 
 
-def predict(task: Task, seed: int = 0, batch_size: int = 64) -> Predictions:
+def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int = 64) -> Predictions:
     """Compute the logits of a checkpoint on the calibration and the test split.
 
     Args:
-        task: With `model_name_or_path`.
+        task: With the `model_name_or_path` of the checkpoint, whose tokenizer or processor is used.
+        model: The checkpoint.
         seed: Of the splits.
         batch_size: Samples of a forward pass.
 
     Raises:
-        ValueError: If the checkpoint is no classifier or lacks weights, or its classes are not those of the data.
+        ValueError: If the checkpoint's classes are not those of the data.
     """
-    model = load_classifier(task.model_name_or_path or "")
     prepared = task.prepare(seed)
     order = class_order(model.config, prepared.splits.label_names)
     with tempfile.TemporaryDirectory() as folder:
