@@ -67,7 +67,7 @@ class PushResult:
 
 
 def push_files(
-    files: Mapping[str, Path | bytes],
+    files: Mapping[str, Path | bytes] | Callable[[str], Mapping[str, Path | bytes]],
     repo_id: str,
     *,
     message: str,
@@ -83,7 +83,8 @@ def push_files(
     as the Hub asks for.
 
     Args:
-        files: For each path in the repository the file on disk, or its content.
+        files: For each path in the repository the file on disk, or its content; or a function that returns these for
+            the full id of the repository, `<namespace>/<name>`.
         repo_id: As `push_run`.
         message: First line of the commit message.
         repo_type: "model" or "space".
@@ -112,14 +113,15 @@ def push_files(
                 f"{repo_id} is there already and public, but private=True. Make it private in its settings on the "
                 "Hub, or push to a repository of another name."
             )
-        commit, removed = _patiently(lambda: _commit(api, target, files, message, replaces))
+        content = files(repo_id) if callable(files) else files
+        commit, removed = _patiently(lambda: _commit(api, target, content, message, replaces))
     return PushResult(
         repo_id=repo_id,
         url=str(created) + (f"/tree/{revision}" if revision else ""),
         revision=revision or constants.DEFAULT_REVISION,
         commit=commit,
         new_commit=commit != before.sha,
-        files=tuple(files),
+        files=tuple(content),
         removed=removed,
     )
 

@@ -1,6 +1,8 @@
 """Push a run folder to the Hugging Face Hub as a model: an allow-list of files, in one repeatable commit."""
 
 import mmap
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -9,6 +11,10 @@ from transformers.utils import logging
 
 from hf_adafocal.checkpoint_files import is_weights
 from hf_adafocal.hub.client import PushResult, checked_token, push_files
+from hf_adafocal.report.card import PICTURES, START, write_card
+from hf_adafocal.report.files import FILE, read_report
+from hf_adafocal.report.schema import Report
+from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.upload_selection import Selection, select_files
 
 logger = logging.get_logger(__name__)
@@ -29,6 +35,9 @@ def push_run(
     Everything goes into one commit, so the repository is never half new. A push that failed can be repeated; one that
     changes nothing makes no commit. Call it in one process of a distributed run.
 
+    A card with a calibration report is pushed as `report.json` and the repository's id make it; the folder's own card
+    stays as it is. A report of other weights than those in the folder is refused.
+
     Only files of an allow-list are pushed, and only if they hold what their names say
     (`upload_selection.select_files`); the result names each other file with the reason. The Trainer's state
     (`trainer_state.json`, `training_args.bin`, optimizer, scheduler and random states, `checkpoint-*` folders, event
@@ -48,8 +57,8 @@ def push_run(
         What was pushed, what was left out and why, and whether there is a new commit.
 
     Raises:
-        ValueError: If the folder holds no complete checkpoint in safetensors, a file is not what its name says, or
-            one holds an access token.
+        ValueError: If the folder holds no complete checkpoint in safetensors, a file is not what its name says or
+            holds an access token, or the report or card is not known to describe these weights.
         PushError: If the Hub cannot be reached or refuses, or `private` is asked of a public repository.
     """
     folder = Path(folder)
@@ -58,8 +67,15 @@ def push_run(
     if "README.md" not in selection.files:
         logger.warning(f"{folder} holds no README.md, so the repository {repo_id} gets no model card from this push.")
     _check_for_token(selection.files)
+    report = _checked_report(folder, selection.files)
+    _check_local_paths(folder, selection.files)
+
+    def files(full_id: str) -> dict[str, Path | bytes]:
+        card = {} if report is None else {"README.md": _card_of_repository(folder, report, full_id)}
+        return {**selection.files, **card}
+
     result = push_files(
-        selection.files,
+        files,
         repo_id,
         private=private,
         revision=revision,
@@ -108,3 +124,48 @@ def _contains(source: Path, secret: bytes) -> bool:
         return False
     with source.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         return content.find(secret) >= 0
+
+
+# Card and report ---------------------------------------------------------------------------------------------------
+
+
+def _checked_report(folder: Path, files: Mapping[str, Path]) -> Report | None:
+    """The report that the card shows; None if the card shows none.
+
+    Raises:
+        ValueError: If there is a report of other weights, or a card that shows one that is missing.
+    """
+    report = read_report(folder) if FILE in files else None
+    shown = "README.md" in files and START in files["README.md"].read_text(encoding="utf-8")
+    advice = "Measure these weights with `hf-adafocal evaluate`, or delete the report"
+    if report is not None and report.weights not in (None, weights_hash(folder)):
+        raise ValueError(f"{folder / FILE} describes other weights than those beside it. {advice} and its card.")
+    if shown and report is None:
+        raise ValueError(f"{folder / 'README.md'} shows a calibration report, but {FILE} is missing. {advice} in it.")
+    return report if shown else None
+
+
+def _card_of_repository(folder: Path, report: Report, repo_id: str) -> bytes:
+    """The folder's card, renewed from its report for the repository it goes to."""
+    with tempfile.TemporaryDirectory() as parent:
+        copy = Path(parent) / folder.resolve().name
+        copy.mkdir()
+        for path in folder.iterdir():
+            if path.name in ("README.md", "config.json", *PICTURES) or path.suffix == ".py":
+                shutil.copyfile(path, copy / path.name)
+        write_card(copy, report, repo_id=repo_id)
+        return (copy / "README.md").read_bytes()
+
+
+def _check_local_paths(folder: Path, files: Mapping[str, Path]) -> None:
+    """Refuse paths of this machine in the report, and warn of them in other small text files."""
+    places = {f"{place}/".encode() for place in (Path.home(), Path.cwd(), folder.resolve()) if place != Path("/")}
+    for path, source in files.items():
+        if source.suffix not in (".json", ".md", ".jinja", ".yaml", ".yml") or source.stat().st_size > 1 << 20:
+            continue
+        content = source.read_bytes()
+        found = [place.decode() for place in places if place in content]
+        if found and path == FILE:
+            raise ValueError(f"{source} names places on this machine ({found[0]}...). Repeat the evaluation.")
+        if found:
+            logger.warning(f"{path} names places on this machine ({found[0]}...), which everybody will read.")

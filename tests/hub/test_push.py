@@ -18,6 +18,8 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from hf_adafocal.hub.client import PushError, push_files
 from hf_adafocal.hub.push import push_run
+from hf_adafocal.report.card import write_card
+from hf_adafocal.report.files import read_report
 
 CARD = """---
 pipeline_tag: text-classification
@@ -58,8 +60,9 @@ def finished_run(tmp_path_factory):
     trainer.train()
     trainer.save_model()
     trainer.save_state()
+    trainer.write_report()
+    (folder / "gamma.png").unlink(missing_ok=True)
     (folder / "README.md").write_text(CARD)
-    (folder / "report.json").write_text('{"test": {"ece": 0.0125}}')
     (folder / "reliability.png").write_bytes(picture("white"))
     (folder / "pictures").mkdir()
     (folder / "pictures" / "gamma.png").write_bytes(picture("black"))
@@ -164,11 +167,12 @@ class TestPushRun:
 
     def test_a_revision_becomes_a_branch_and_leaves_main_as_it_was(self, local_hub, run):
         push_run(run, "me/model")
-        (run / "report.json").write_text('{"test": {"ece": 0.5}}')
+        before = (run / "report.json").read_bytes()
+        (run / "report.json").write_bytes(before.replace(b'"seed": 42', b'"seed": 7'))
         results = [push_run(run, "me/model", revision="trial/1") for _ in range(2)]
         repository = local_hub.model("me/model")
         assert repository.files("trial/1") == on_disk(run, CHECKPOINT | PRESENTED)
-        assert repository.files("main")["report.json"] == b'{"test": {"ece": 0.0125}}'
+        assert repository.files("main")["report.json"] == before
         assert [result.new_commit for result in results] == [True, False]
         assert results[0].revision == "trial/1"
         assert results[0].commit == repository.branches["trial/1"]
@@ -181,6 +185,7 @@ class TestPushRun:
 
     def test_weights_of_an_earlier_push_that_would_be_loaded_instead_are_deleted(self, local_hub, run):
         push_run(run, "me/model")
+        (run / "report.json").unlink()
         model = tiny.bert(seed=1)
         (run / "model.safetensors").unlink()
         model.save_pretrained(run, max_shard_size="5KB")
@@ -209,6 +214,55 @@ class TestPushRun:
         (run / "README.md").unlink()
         push_run(run, "me/other")
         assert "no README.md, so the repository me/other gets no model card" in caplog.text
+
+
+class TestCard:
+    """The card and the report that are pushed are of these weights and of this repository."""
+
+    @pytest.fixture
+    def reported(self, run):
+        report = read_report(run)
+        write_card(run, report, repo_id="someone/first")
+        return run
+
+    def test_it_names_the_repository_it_is_pushed_to(self, local_hub, reported):
+        before = (reported / "README.md").read_bytes()
+        assert b'"someone/first"' in before
+        for repo_id, full_id in (("me/other", "me/other"), ("third", "me/third")):
+            push_run(reported, repo_id)
+            card = local_hub.model(full_id).files()["README.md"].decode()
+            assert f'"{full_id}"' in card and "someone/first" not in card
+        assert (reported / "README.md").read_bytes() == before
+
+    def test_a_second_push_makes_no_commit(self, local_hub, reported):
+        assert [push_run(reported, "me/model").new_commit for _ in range(2)] == [True, False]
+
+    def test_what_a_person_wrote_around_the_report_is_pushed(self, local_hub, reported):
+        card = (reported / "README.md").read_text()
+        (reported / "README.md").write_text(card + "\n## Intended use\n\nOurs alone.\n")
+        push_run(reported, "me/model")
+        assert "## Intended use\n\nOurs alone." in local_hub.model("me/model").files()["README.md"].decode()
+
+    def test_a_report_of_other_weights_is_refused(self, local_hub, run):
+        tiny.bert(seed=1).save_pretrained(run)
+        with pytest.raises(ValueError, match="report.json describes other weights than those beside it"):
+            push_run(run, "me/model")
+        assert local_hub.requests == []
+
+    def test_a_card_whose_report_is_missing_is_refused(self, local_hub, reported):
+        (reported / "report.json").unlink()
+        with pytest.raises(ValueError, match="README.md shows a calibration report, but report.json is missing"):
+            push_run(reported, "me/model")
+        assert local_hub.requests == []
+
+    def test_places_on_this_machine_are_refused_in_the_report_and_warned_of_elsewhere(self, local_hub, run, caplog):
+        (run / "README.md").write_text(f"{CARD}\nTrained in {run}/data.\n")
+        push_run(run, "me/model")
+        assert "README.md names places on this machine" in caplog.text
+        report = (run / "report.json").read_text()
+        (run / "report.json").write_text(report.replace('"training": {', f'"training": {{"images": "{run}/images", '))
+        with pytest.raises(ValueError, match="report.json names places on this machine"):
+            push_run(run, "me/model")
 
 
 class TestFolder:
@@ -345,6 +399,7 @@ class TestTroubleThatPasses:
     def test_a_push_that_died_leaves_the_earlier_state(self, local_hub, run):
         push_run(run, "me/model")
         before = local_hub.model("me/model").files()
+        (run / "report.json").unlink()
         model = tiny.bert(seed=1)
         model.save_pretrained(run)
         local_hub.cut("/commit/", after_bytes=10, times=100)
@@ -410,7 +465,7 @@ class TestTroubleThatStays:
 
     def test_a_revision_that_is_a_commit(self, local_hub, run):
         commit = push_run(run, "me/model").commit
-        (run / "report.json").write_text("{}")
+        (run / "README.md").write_text(CARD + "More.\n")
         with pytest.raises(PushError) as caught:
             push_run(run, "me/model", revision=commit)
         check_one_line(caught.value, "is a commit, not a branch")
