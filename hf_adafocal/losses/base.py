@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hf_adafocal.losses import functional
+from hf_adafocal.losses.layout import of_model
 
 
 class ClassificationLoss(nn.Module):
@@ -96,7 +97,7 @@ class PerSampleLoss(ClassificationLoss):
 
     def forward(self, logits: Tensor | Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Compute the loss of a batch, as `ClassificationLoss.forward`."""
-        logits = getattr(logits, "logits", logits)
+        logits, labels = of_model(logits, labels)
         loss = self._on(logits.device)
         options = {"weight": loss.weight, "ignore_index": self.ignore_index}
         if num_items_in_batch is None or self.reduction == "sum":

@@ -9,6 +9,7 @@ from torch import Tensor
 from hf_adafocal.losses import aurc, calibration_penalties
 from hf_adafocal.losses.base import AdaptiveLoss, ClassificationLoss, PerSampleLoss
 from hf_adafocal.losses.focal import CrossEntropyLoss
+from hf_adafocal.losses.layout import of_model
 
 
 class Term(NamedTuple):
@@ -122,7 +123,7 @@ class CombinedLoss(ClassificationLoss):
 
     def forward(self, logits: Tensor | Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:
         """Compute the loss of a batch, as `ClassificationLoss.forward`."""
-        logits = getattr(logits, "logits", logits)
+        logits, labels = of_model(logits, labels)
         divisor = 1 if self.reduction == "sum" else num_items_in_batch
         term = self.function(logits, labels, **self.settings, ignore_index=self.ignore_index)
         if divisor is not None:

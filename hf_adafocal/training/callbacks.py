@@ -206,6 +206,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
         metric_key_prefix: Prefix of the evaluation to wait for; "eval" or "eval_calibration" if left out.
         log: As in `AdaptiveStateCallback`.
         evaluate: Called at the end of each epoch when `eval_strategy` is "no", to evaluate the calibration set.
+        calibration_size: Rows of the calibration set, for the line that describes the run; None if unknown.
 
     Raises:
         ValueError: As training begins, if nothing would ever be evaluated; after an epoch, if no evaluation was of
@@ -219,9 +220,11 @@ class AdaFocalCallback(AdaptiveStateCallback):
         metric_key_prefix: str | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
         evaluate: Callable[[], Any] | None = None,
+        calibration_size: int | None = None,
     ) -> None:
         super().__init__(loss, log)
         self.calibrate = calibrate
+        self.calibration_size = calibration_size
         self.prefixes = ("eval", "eval_calibration") if metric_key_prefix is None else (metric_key_prefix,)
         self.evaluate = evaluate
         self._training = False
@@ -279,7 +282,8 @@ class AdaFocalCallback(AdaptiveStateCallback):
     def _describe(self, args, state) -> None:
         """Say how often gamma will move, and what few updates mean."""
         expected = expected_evaluations(args, state)
-        text = f"{type(self.loss).__name__} with {self.loss.num_bins} bins: gamma will move {expected} times"
+        samples = "" if self.calibration_size is None else f" and {self.calibration_size:,} calibration samples"
+        text = f"{type(self.loss).__name__} with {self.loss.num_bins} bins{samples}: gamma will move {expected} times"
         if expected >= FEW_UPDATES:
             logger.info(f"{text}.")
         else:
@@ -294,7 +298,7 @@ def expected_evaluations(args: Any, state: Any) -> int:
     """How many evaluations a training run makes from its start to its end."""
     if args.eval_strategy == IntervalStrategy.STEPS:
         every = state.eval_steps or args.eval_steps
-        return int(state.max_steps // max(every, 1)) if every and every >= 1 else 0
+        return math.ceil(state.max_steps / every) if every and every >= 1 else 0  # also at the last step
     return math.ceil(state.num_train_epochs)
 
 

@@ -8,11 +8,12 @@ from accelerate import Accelerator
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
+from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.preserved_state import evaluating, random_state_kept
 from hf_adafocal.training.model_conventions import logits_of
 from hf_adafocal.training.recorder import SampleCollector
-from hf_adafocal.training.sample_rows import IGNORED, check_counts, classes_last, sample_rows
+from hf_adafocal.training.sample_rows import IGNORED, check_counts, sample_rows
 
 
 class Calibration(NamedTuple):

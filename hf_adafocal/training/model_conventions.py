@@ -12,8 +12,8 @@ from transformers.loss.loss_utils import LOSS_MAPPING, ForCausalLMLoss
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils import logging
 
+from hf_adafocal.losses.layout import classes_second
 from hf_adafocal.preserved_state import evaluating, random_state_kept
-from hf_adafocal.training.sample_rows import classes_second
 
 logger = logging.get_logger(__name__)
 

@@ -1,7 +1,7 @@
 """What a run trains with, resolved once: the loss, its settings, and the data sets in their roles."""
 
 import copy
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +17,8 @@ from hf_adafocal.data.holdout import hold_out
 from hf_adafocal.data.overlap import SplitCheck, drop_overlap
 from hf_adafocal.losses.adafocal import AdaFocalLoss
 from hf_adafocal.losses.base import AdaptiveLoss, ClassificationLoss
+from hf_adafocal.losses.class_weights import balanced_class_weights
+from hf_adafocal.losses.torch_losses import as_classification_loss
 from hf_adafocal.preserved_state import random_state_kept
 from hf_adafocal.training.arguments import DEFAULT_BINS, AdaFocalTrainingArguments
 from hf_adafocal.training.input_checks import SAMPLES_PER_BIN
@@ -70,6 +72,15 @@ class RunPlan:
     def needs_calibration(self) -> bool:
         """Whether a run needs a calibration set."""
         return self.adaptive is not None or self.calibrate_at_end
+
+    @property
+    def calibration_size(self) -> int | None:
+        """Rows of the calibration set; None if there is none or it is a stream."""
+        return (
+            None
+            if is_stream(self.calibration_dataset) or self.calibration_dataset is None
+            else len(self.calibration_dataset)
+        )
 
     @property
     def calibration_prefix(self) -> str | None:
@@ -135,7 +146,7 @@ def resolve_plan(
     ours = args if isinstance(args, AdaFocalTrainingArguments) else None
     if isinstance(loss, str):
         raise TypeError(f"loss must be a module, found {loss!r}: name it in AdaFocalTrainingArguments(loss=...).")
-    built = build_run_loss(args, model, train_dataset) if loss is None else loss
+    built = build_run_loss(args, model, train_dataset) if loss is None else as_classification_loss(loss)
     plan = RunPlan(
         loss=built,
         train_dataset=train_dataset,
@@ -144,7 +155,7 @@ def resolve_plan(
         from_arguments=loss is None and ours is not None,
         num_bins=ours.num_bins if ours else DEFAULT_BINS,
         histogram=ours.streaming_calibration if ours else None,
-        reduction=ours.loss_reduction if ours else "mean",
+        reduction="sum" if getattr(built, "reduction", "mean") == "sum" else ours.loss_reduction if ours else "mean",
         calibrate_at_end=ours.calibrate_at_end if ours else False,
         split_overlap=ours.split_overlap if ours else "drop",
     )
@@ -165,9 +176,11 @@ def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any) -> n
         return args.build_loss(ignore_index=ignore_index)
     num_classes = getattr(getattr(model, "config", None), "num_labels", None)
     if weights == "balanced":
+        if num_classes is None:
+            raise ValueError("class_weights='balanced' needs a model with config.num_labels. Pass a number per class.")
         if train_dataset is None:
             return args.build_loss(ignore_index=ignore_index)  # nothing will be trained
-        weight = _balanced(_labels(train_dataset, ignore_index), num_classes)
+        weight = balanced_class_weights(_labels(train_dataset), num_classes, ignore_index)
     else:
         weight = torch.tensor(weights)
         if num_classes is not None and len(weight) != num_classes:
@@ -175,13 +188,8 @@ def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any) -> n
     return args.build_loss(weight, ignore_index)
 
 
-def _balanced(labels: torch.Tensor, num_classes: int | None) -> torch.Tensor:
-    counts = torch.bincount(labels, minlength=num_classes or 0)
-    return labels.numel() / (len(counts) * counts.clamp_min(1))
-
-
-def _labels(dataset: Any, ignore_index: int) -> torch.Tensor:
-    """All labels of a data set that count, shape `(n,)`: of rows, tokens or pixels."""
+def _labels(dataset: Any) -> Iterator[Any]:
+    """The labels of each row of a data set: of the row, its tokens or its pixels."""
     name = label_column(dataset)
     if name is None or is_stream(dataset):
         raise ValueError(
@@ -190,8 +198,7 @@ def _labels(dataset: Any, ignore_index: int) -> torch.Tensor:
         )
     stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
     with random_state_kept():
-        labels = np.concatenate([np.ravel(stored[index][name]) for index in range(len(stored))])
-    return torch.as_tensor(labels[labels != ignore_index])
+        yield from (np.asarray(stored[index][name]) for index in range(len(stored)))
 
 
 def with_direction_of_best_metric(args: TrainingArguments) -> TrainingArguments:

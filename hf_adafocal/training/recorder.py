@@ -9,13 +9,13 @@ from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import logging
 
+from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats, binned
 from hf_adafocal.metrics.histogram import CalibrationHistogram
 from hf_adafocal.scaling.grid import best_temperature, nll_on_grid
 from hf_adafocal.training.sample_rows import (
     IGNORED,
     check_counts,
-    classes_last,
     counted_rows,
     equal_mass_statistics,
     sample_metrics,

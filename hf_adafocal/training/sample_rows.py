@@ -18,38 +18,6 @@ LOWER_IS_BETTER = ("nll", "brier", "ece", "ada_ece", "refinement")  # of the met
 CHUNK_VALUES = 1 << 24  # logits that are turned into probabilities at once: 64 MiB in float32
 
 
-def classes_last(logits: Tensor, labels: Tensor) -> Tensor:
-    """Move the class dimension of logits last and resize dense logits to the size of their labels.
-
-    Logits of up to three dimensions have their classes last, as transformers' sequence and token classifiers do.
-    Logits of four or more dimensions, `(N, C, d1, d2, ...)`, have them second, as its segmentation models do; they
-    are resized by (tri)linear interpolation as transformers' own segmentation losses do.
-    """
-    if logits.ndim < 4:
-        return logits
-    return resized(logits, labels).movedim(1, -1)
-
-
-def classes_second(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Arrange logits and labels for a loss, which takes the classes second: `(n, C)` or `(N, C, d1, d2, ...)`.
-
-    Token logits `(N, L, C)` become rows, which costs no copy; dense logits are resized to their labels.
-    """
-    if logits.ndim < 4:
-        return logits.reshape(-1, logits.shape[-1]), labels.reshape(-1)
-    return resized(logits, labels), labels
-
-
-def resized(logits: Tensor, labels: Tensor) -> Tensor:
-    """Interpolate dense logits `(N, C, d1, d2, ...)` to the spatial size of labels `(N, D1, D2, ...)`."""
-    if logits.shape[2:] == labels.shape[1:] or logits.ndim != labels.ndim + 1:
-        return logits
-    mode = {4: "bilinear", 5: "trilinear"}.get(logits.ndim)
-    if mode is None:
-        return logits
-    return F.interpolate(logits, size=labels.shape[1:], mode=mode, align_corners=False)
-
-
 def sample_rows(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
     """Confidence, correctness, NLL, predicted class and Brier score of each sample.
 

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Subset
 
+from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.preserved_state import evaluating, random_state_kept
 from hf_adafocal.training.model_conventions import logits_of
-from hf_adafocal.training.sample_rows import classes_last
 
 if TYPE_CHECKING:
     from hf_adafocal.training.trainer import AdaFocalTrainer

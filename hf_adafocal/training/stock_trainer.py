@@ -3,10 +3,10 @@
 import numpy as np
 from torch import Tensor
 
+from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.training.sample_rows import (
     check_counts,
-    classes_last,
     counted_rows,
     equal_mass_statistics,
     sample_metrics,

@@ -13,6 +13,7 @@ from transformers.utils import logging
 
 from hf_adafocal.checkpoint_files import STATE_FILE
 from hf_adafocal.losses.functional import cross_entropy
+from hf_adafocal.losses.layout import classes_second
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.report.card import write_card
 from hf_adafocal.report.files import read_report, save_report
@@ -42,7 +43,7 @@ from hf_adafocal.training.plan import (
 )
 from hf_adafocal.training.recording_trainer import RecordingTrainer
 from hf_adafocal.training.run_report import adaptation_pictures_of, pictures_of, report_of
-from hf_adafocal.training.sample_rows import classes_second, mean_nll
+from hf_adafocal.training.sample_rows import mean_nll
 from hf_adafocal.training.smoothing_control import measure_slice
 from hf_adafocal.training.step_scale import StepScale
 from hf_adafocal.training.trackers import TRACKERS, PictureCallback
@@ -168,8 +169,10 @@ class AdaFocalTrainer(RecordingTrainer):
             return None
         if adaptive.follows == "bins":
             prefix = plan.calibration_prefix or plan.first_prefix
-            return AdaFocalCallback(adaptive, self._awaited_statistics, prefix, self.log, self._evaluate_calibration)
-        size = 0 if plan.calibration_dataset is None else len(plan.calibration_dataset)
+            return AdaFocalCallback(
+                adaptive, self._awaited_statistics, prefix, self.log, self._evaluate_calibration, plan.calibration_size
+            )
+        size = plan.calibration_size or 0
         return SmoothingCallback(adaptive, partial(measure_slice, self), size, log=self.log, **self._steering)
 
     @property

@@ -8,11 +8,18 @@ import reference
 import tiny
 import torch
 from accelerate import debug_launcher
-from datasets import ClassLabel, Dataset, Features, Sequence, Value
-from transformers import Trainer, TrainingArguments
+from datasets import ClassLabel, Dataset, Features, Sequence, Value, concatenate_datasets
+from transformers import (
+    BertForMultipleChoice,
+    BertForQuestionAnswering,
+    DataCollatorForMultipleChoice,
+    Trainer,
+    TrainingArguments,
+)
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from hf_adafocal import AdaFocalCallback, AdaFocalLoss, CalibrationMetrics
+from hf_adafocal import AdaFocalCallback, AdaFocalLoss, AdaFocalTrainer, CalibrationMetrics
+from hf_adafocal.models import train_word_level_tokenizer
 
 
 @pytest.fixture
@@ -226,6 +233,57 @@ class TestLabels:
         run = tiny.trainer(tmp_path, FirstToken(), train_dataset=data, eval_dataset=TRAIN)
         with pytest.raises(ValueError, match=r"integer class indices, found torch.float32 of shape \(8"):
             run.train()
+
+    def test_vectors_of_integers_are_refused_where_the_model_takes_one_label_per_sample(self, tmp_path):
+        bad = rows([30, 31, 32] * 4, [[1, 0, 1]] * 12, feature=Sequence(Value("int64")))
+        with pytest.raises(
+            ValueError, match=r"vectors of integers in the column 'labels' of the evaluation set \(multi"
+        ):
+            tiny.trainer(tmp_path, eval_dataset=bad)
+
+    def test_the_targets_of_question_answering_are_named(self, tmp_path):
+        model = BertForQuestionAnswering(tiny.bert().config)
+        with pytest.raises(ValueError, match=r"targets of BertForQuestionAnswering are \['start_positions', 'end_pos"):
+            tiny.trainer(tmp_path, model)
+
+
+class TestLossModules:
+    def test_a_loss_of_torch_is_taken_or_refused_before_training(self, tmp_path):
+        weight = torch.tensor([0.2, 1.0, 4.0])
+        try:
+            run = tiny.trainer(tmp_path, loss=torch.nn.CrossEntropyLoss(weight=weight))
+        except (TypeError, ValueError) as error:
+            assert "CrossEntropyLoss" in str(error)
+            return
+        run.train()
+        named = tiny.trainer(tmp_path, loss="cross_entropy", class_weights="0.2,1,4")
+        named.train()
+        for mine, theirs in zip(run.model.parameters(), named.model.parameters(), strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+class TestMultipleChoice:
+    def test_options_of_unequal_length_are_trained_and_compared_between_splits(self, tmp_path):
+        generator = np.random.default_rng(0)
+
+        def questions(size):
+            lengths = generator.integers(2, 7, (size, 4))
+            options = [[generator.integers(5, 40, n).tolist() for n in row] for row in lengths]
+            return Dataset.from_dict({"input_ids": options, "labels": generator.integers(0, 4, size).tolist()})
+
+        train, held_out = questions(24), questions(12)
+        train = concatenate_datasets([train, held_out.select(range(3))])
+        tokenizer = train_word_level_tokenizer(["a b c"])
+        run = AdaFocalTrainer(
+            BertForMultipleChoice(tiny.bert().config),
+            tiny.arguments(tmp_path, num_train_epochs=1),
+            train_dataset=train,
+            eval_dataset=held_out,
+            data_collator=DataCollatorForMultipleChoice(tokenizer),
+        )
+        assert len(run.train_dataset) == 24
+        run.train()
+        assert run.adaptive_callback.updates == 1 and run.predict(held_out).predictions.shape == (12, 4)
 
 
 class TestModels:

@@ -72,3 +72,26 @@ class TestWhen:
         run = tiny.trainer(tmp_path, eval_strategy="steps", eval_steps=3)
         run.train()
         assert [update["step"] for update in run.adaptive_callback.history] == [0, 3, 6, 9, 12]
+
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            {},
+            {"eval_strategy": "no"},
+            {"eval_strategy": "steps", "eval_steps": 5},
+            {"eval_strategy": "steps", "eval_steps": 0.25},
+            {"max_steps": 7},
+            {"eval_strategy": "no", "max_steps": 7},
+        ],
+        ids=str,
+    )
+    def test_it_moves_as_often_as_one_line_says_at_the_start(self, tmp_path, settings, warnings):
+        run = tiny.trainer(tmp_path, **settings)
+        run.train()
+        moves = run.adaptive_callback.updates
+        assert moves >= 2 and warnings.text.count(f"gamma will move {moves} times") == 1
+
+    def test_the_line_also_tells_the_size_of_the_calibration_set(self, tmp_path, warnings):
+        tiny.trainer(tmp_path, num_train_epochs=1).train()
+        line = next(text for text in warnings.messages if "gamma will move" in text)
+        assert "5 bins" in line and "60 calibration samples" in line

@@ -288,7 +288,7 @@ class TestCommandLine:
         (tmp_path / "report.json").unlink()
         report = finish(tmp_path, "--resume_from_checkpoint", "true")
         assert report.adaptation == expected.adaptation and report.metrics == expected.metrics
-        steps = [entry["step"] for entry in read_state(tmp_path)["log_history"] if "gamma_00" in entry]
+        steps = [entry["step"] for entry in read_state(tmp_path)["log_history"] if "gamma_mean" in entry]
         assert steps == [int(first[-1]), 2 * int(first[-1])]
 
     def test_true_without_a_checkpoint_is_an_error_that_names_the_folder(self, tmp_path, finish):

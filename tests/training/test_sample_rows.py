@@ -10,8 +10,6 @@ from hf_adafocal.training import sample_rows as module
 from hf_adafocal.training.sample_rows import (
     IGNORED,
     check_counts,
-    classes_last,
-    classes_second,
     counted_rows,
     equal_mass_statistics,
     is_lower_better,
@@ -168,28 +166,6 @@ class TestLogitsThatAreNotFinite:
         with pytest.raises(ValueError, match=r"Every label of the 'x' set is ignored \(255\)"):
             check_counts(0, 0, "'x' set", ignore_index=255)
         check_counts(1, 0, "'x' set")
-
-
-class TestClasses:
-    """Where the classes are follows from the number of dimensions."""
-
-    def test_rows_and_tokens_have_them_last_and_dense_logits_second(self):
-        for shape in ((4, 3), (4, 5, 3)):
-            logits = torch.randn(shape)
-            assert classes_last(logits, torch.zeros(shape[:-1])) is logits
-        dense = torch.randn(2, 3, 4, 5)
-        assert torch.equal(classes_last(dense, torch.zeros(2, 4, 5)), dense.permute(0, 2, 3, 1))
-
-    def test_a_loss_gets_tokens_as_rows_also_where_there_are_as_many_tokens_as_classes(self):
-        logits, labels = batch(2, 3, 3)
-        found, targets = classes_second(logits, labels)
-        assert torch.equal(found, logits.reshape(6, 3)) and torch.equal(targets, labels.reshape(6))
-
-    def test_small_dense_logits_are_interpolated_to_the_labels(self):
-        logits, labels = torch.randn(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)
-        expected = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
-        assert torch.equal(classes_second(logits, labels)[0], expected)
-        assert torch.equal(classes_last(logits, labels), expected.movedim(1, -1))
 
 
 class TestEqualMassStatistics:

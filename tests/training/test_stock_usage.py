@@ -1,4 +1,4 @@
-"""Training scripts written for the stock Trainer, as transformers' examples are, with the import of the Trainer changed."""
+"""Training scripts written for the stock Trainer, as transformers' examples are, with one import changed."""
 
 import json
 

@@ -1,0 +1,55 @@
+"""Where the classes of a model's logits are."""
+
+import torch
+from transformers.modeling_outputs import SemanticSegmenterOutput, TokenClassifierOutput
+
+from hf_adafocal.losses import LOSSES, CombinedLoss, CrossEntropyLoss
+from hf_adafocal.losses.layout import classes_last, classes_second
+
+
+class TestClasses:
+    """Where the classes are follows from the number of dimensions."""
+
+    def test_rows_and_tokens_have_them_last_and_dense_logits_second(self):
+        for shape in ((4, 3), (4, 5, 3)):
+            logits = torch.randn(shape)
+            assert classes_last(logits, torch.zeros(shape[:-1])) is logits
+        dense = torch.randn(2, 3, 4, 5)
+        assert torch.equal(classes_last(dense, torch.zeros(2, 4, 5)), dense.permute(0, 2, 3, 1))
+
+    def test_a_loss_gets_tokens_as_rows_also_where_there_are_as_many_tokens_as_classes(self):
+        logits, labels = torch.randn(2, 3, 3), torch.tensor([[0, 1, 2], [2, -100, 1]])
+        found, targets = classes_second(logits, labels)
+        assert torch.equal(found, logits.reshape(6, 3)) and torch.equal(targets, labels.reshape(6))
+
+    def test_small_dense_logits_are_interpolated_to_the_labels(self):
+        logits, labels = torch.randn(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)
+        expected = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
+        assert torch.equal(classes_second(logits, labels)[0], expected)
+        assert torch.equal(classes_last(logits, labels), expected.movedim(1, -1))
+
+    def test_volumes_are_interpolated_too(self):
+        logits, labels = torch.randn(1, 2, 3, 3, 3), torch.zeros(1, 6, 6, 6, dtype=torch.long)
+        expected = torch.nn.functional.interpolate(logits, size=(6, 6, 6), mode="trilinear", align_corners=False)
+        assert torch.equal(classes_last(logits, labels), expected.movedim(1, -1))
+
+
+class TestOutputsOfModels:
+    """A loss that a stock Trainer calls gets the model's output."""
+
+    def test_tokens_have_their_classes_last_also_where_there_are_as_many_tokens_as_classes(self):
+        logits, labels = torch.randn(2, 4, 4), torch.tensor([[0, 1, 2, 3], [3, -100, -100, 1]])
+        expected = torch.nn.functional.cross_entropy(logits.reshape(8, 4), labels.reshape(8))
+        for loss in (CrossEntropyLoss(), CombinedLoss("mmce", auxiliary_weight=0.0)):
+            torch.testing.assert_close(loss(TokenClassifierOutput(logits=logits), labels), expected)
+
+    def test_small_dense_logits_are_resized_to_the_labels(self):
+        logits, labels = torch.randn(2, 3, 2, 2), torch.randint(0, 3, (2, 8, 8))
+        resized = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
+        found = CrossEntropyLoss()(SemanticSegmenterOutput(logits=logits), labels)
+        torch.testing.assert_close(found, torch.nn.functional.cross_entropy(resized, labels))
+
+    def test_a_tensor_has_them_second_as_for_pytorchs_losses(self):
+        logits, labels = torch.randn(2, 3, 5), torch.randint(0, 3, (2, 5))
+        expected = torch.nn.functional.cross_entropy(logits, labels)
+        torch.testing.assert_close(LOSSES["cross_entropy"]()(logits, labels), expected)
