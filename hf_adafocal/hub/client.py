@@ -38,12 +38,12 @@ _AGAIN = "Push again: what has arrived is not sent twice."
 
 
 class PushError(RuntimeError):
-    """A push that failed: one line on what happened and what to do; `__cause__` is the error below it."""
+    """Raised when a push fails, with one line on what happened and what to do; `__cause__` is the client's error."""
 
 
 @dataclass(frozen=True)
 class PushResult:
-    """What a push did.
+    """Result of a push.
 
     Attributes:
         repo_id: `<namespace>/<name>`.
@@ -127,7 +127,7 @@ def push_files(
 
 
 def _state_of(api: HfApi, target: dict[str, Any]) -> Any:
-    """The repository at the revision, which becomes a branch if there is none."""
+    """Fetch the repository's state at a revision; create the branch if it is missing."""
     try:
         return api.repo_info(**target)
     except RevisionNotFoundError:
@@ -142,7 +142,7 @@ def _commit(
     message: str,
     replaces: Callable[[str], bool],
 ) -> tuple[str, tuple[str, ...]]:
-    """Hash of the branch's commit after the push, and what was deleted.
+    """Commit the files; return the hash of the branch's commit after the push, and what was deleted.
 
     An attempt begins with a look at the repository, because the commit of the last one may have come about although
     its answer was lost. It is made of new operations, because the client notes in them what it found.
@@ -160,7 +160,7 @@ def _commit(
 
 
 def checked_token() -> str:
-    """The user's token.
+    """Return the user's token, checked.
 
     Raises:
         PushError: If there is none, it cannot be one, or the libraries are told to stay offline.
@@ -176,7 +176,7 @@ def checked_token() -> str:
 
 
 def _patiently(ask: Callable[[], _Answer]) -> _Answer:
-    """The answer, after a few attempts if need be."""
+    """Call a request, and repeat it after a pause if it failed for a reason that may pass."""
     for attempt, wait in enumerate(_WAITS, start=1):
         try:
             return ask()
@@ -202,7 +202,7 @@ def _may_pass(error: Exception) -> bool:
 
 
 def _wished_wait(error: Exception) -> int:
-    """Seconds that the Hub asks to wait, 0 if it does not say."""
+    """Read from an error how many seconds the Hub asks to wait; 0 if it does not say."""
     if not isinstance(error, HfHubHTTPError):
         return 0
     headers = error.response.headers
@@ -227,7 +227,7 @@ def _in_one_line(repo_id: str) -> Iterator[None]:
 
 
 def _below(error: Exception) -> Exception:
-    """The error of the Hub under the client's "Error while uploading"."""
+    """Return the Hub's error under the client's "Error while uploading"."""
     cause = error.__cause__
     wrapped = type(error) is RuntimeError and isinstance(cause, Exception)
     return cause if wrapped and isinstance(cause, (_HTTPError, OSError, ValueError)) else error
