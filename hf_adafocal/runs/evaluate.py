@@ -248,9 +248,10 @@ def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
     if len(known) == len(names) and generic:
         logger.warning(f"The checkpoint does not name its {len(known)} classes; they are taken in the data's order.")
         return np.arange(len(names))
+    shown, own = (", ".join([*some[:5], "..."] if len(some) > 5 else some) for some in (known, names))
     raise ValueError(
-        f"The checkpoint has {len(known)} classes ({', '.join(known[:5])}, ...), the data {len(names)} "
-        f"({', '.join(names[:5])}, ...). Evaluate it on data with its own classes."
+        f"The checkpoint has {len(known)} classes ({shown}), the data {len(names)} ({own}). Evaluate it on data with "
+        "its own classes."
     )
 
 
