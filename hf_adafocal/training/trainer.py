@@ -65,8 +65,7 @@ class AdaFocalTrainer(RecordingTrainer):
             language models; or `(N, C, d1, d2, ...)` for segmentation, resized to the labels as transformers' own
             losses do. Each token or pixel counts as a sample unless its label is the ignore index.
         args: `AdaFocalTrainingArguments`, or plain `TrainingArguments` for AdaFocal with the paper's settings.
-        train_dataset: As in `Trainer`.
-        eval_dataset: As in `Trainer`.
+        train_dataset, eval_dataset: As in `Trainer`.
         calibration_dataset: Held-out data that moves the loss. Left out, it is the part of `train_dataset` that
             `calibration_fraction` asks for, else `eval_dataset` (of a dict, the entry "calibration"), else a tenth of
             `train_dataset`. If it is the evaluation set nothing is computed twice. Training rows that also stand in it
@@ -77,7 +76,6 @@ class AdaFocalTrainer(RecordingTrainer):
     Attributes:
         plan: The loss, its settings and the data sets, as resolved at construction.
         loss: The training loss.
-        calibration_dataset: That of the plan.
         recorder: Results of the last evaluations.
         adaptive_callback: Moves the loss and keeps its history; None if the loss does not adapt.
         calibration_outcome: What `calibrate_at_end` came to; None before, or if it was not asked for.

@@ -78,7 +78,7 @@ class TestWhen:
         [
             {},
             {"eval_strategy": "no"},
-            {"eval_strategy": "steps", "eval_steps": 5},
+            {"eval_strategy": "steps", "eval_steps": 4},
             {"eval_strategy": "steps", "eval_steps": 0.25},
             {"max_steps": 7},
             {"eval_strategy": "no", "max_steps": 7},
