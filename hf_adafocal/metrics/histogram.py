@@ -1,4 +1,4 @@
-"""Calibration of more samples than memory holds: tokens, pixels, evaluation sets over many processes.
+"""Streaming calibration metrics in fixed memory, for tokens, pixels and evaluation over many processes.
 
 A `CalibrationHistogram` counts samples in fine cells of confidence as batches arrive. Counts add, so batches and
 processes merge, and the cells add up to the bins of `metrics.binning`.
@@ -9,41 +9,43 @@ from typing import Any
 import numpy as np
 
 from hf_adafocal.metrics.binning import BinStats, equal_width_edges, gap_norm
-from hf_adafocal.metrics.validation import check_pairs
+from hf_adafocal.metrics.validation import as_array, check_pairs
 
 _GRID = 72_000  # cells of one width: 10, 12, 15, 16, 18, 20, 25, 30, 50, 64, 100 and 1,000 bins nest
 _BLOCK = 1 << 17  # samples converted at a time: bounds the memory of one update, and the cache holds them
 
 
 def _magnitude(distance: np.ndarray) -> np.ndarray:
-    """Rank of numbers >= 0 by their float64 bits: rises with the number, 256 steps for each doubling."""
+    """Monotone integer code of numbers >= 0, from their float64 bits: 256 steps per doubling."""
     return distance.view(np.int64) >> 44
 
 
-# A saturated model has most samples near an end, so there cells are cut on in proportion to the distance to that end,
-# from where this is finer than the grid to the last float64 before 1. What is nearer shares one cell.
+# A saturated model has most samples near 0 and 1, so cells there shrink in proportion to the distance to that end,
+# from where this is finer than the grid to the last float64 before 1. Samples nearer to the end share one cell.
 _OUTERMOST, _INNERMOST = _magnitude(np.array([2.0**-8, 2.0**-53])).tolist()
 _TAIL = _OUTERMOST - _INNERMOST + 1
 _NUM_CELLS = _GRID + 2 * _TAIL
 
 
 class CalibrationHistogram:
-    """Counts and confidence sums of a stream of (confidence, correct) pairs in fixed memory, 2.3 MB.
+    """Histogram of a stream of confidences with their correctness, for calibration metrics in 2.3 MB of memory.
 
-    The cells are 72,000 of one width on [0, 1], `(lower, upper]` with the first one closed, at the edges
-    `k / 72,000`. Within 1 / 256 of 0 and 1 they are cut further, at 256 distances for each halving of the distance to
-    that end, so that they stay fine where a saturated model has its samples. Counts are int64 and sums float64.
-    Results are fractions in [0, 1].
+    The cells are 72,000 of equal width on [0, 1], `(lower, upper]` with the first one closed, at the edges
+    `k / 72,000`. Within 1 / 256 of 0 and 1 they are divided further, at 256 distances for each halving of the
+    distance to that end, so that they stay fine where a saturated model has its samples. Counts are int64 and sums
+    float64. Results are fractions in [0, 1].
 
-    Over bins of one width whose number divides 72,000 the results equal those of `metrics.scores` on all the
+    Over bins of equal width whose number divides 72,000 the results equal those of `metrics.scores` on all the
     samples, up to the rounding of sums. `adaptive_calibration_error` has a bound instead, which
     `adaptive_calibration_error_bound` computes.
 
-    For token or pixel tasks, pass what to count as `mask`, such as `labels != -100`. Over processes, sum the arrays:
+    For token or pixel tasks, pass the counted positions as `mask`, such as `labels != -100`. Over several processes,
+    let each count its own samples and sum the arrays once, at the end. `device` is that of the process: the backend
+    nccl reduces tensors on the accelerator alone, gloo those on the CPU:
 
-        table = torch.from_numpy(histogram.to_array())
+        table = torch.from_numpy(histogram.to_array()).to(device)
         torch.distributed.all_reduce(table)
-        histogram = CalibrationHistogram.from_array(table.numpy())
+        histogram = CalibrationHistogram.from_array(table)
 
     >>> histogram = CalibrationHistogram()
     >>> histogram.update([0.75, 0.75], [True, False])
@@ -60,15 +62,15 @@ class CalibrationHistogram:
         self._confidence = np.zeros(_NUM_CELLS)
 
     def update(self, confidence: Any, correct: Any, mask: Any = None) -> None:
-        """Count a batch: arrays, lists or torch tensors of any shape, dtype and device.
+        """Add a batch: arrays, lists or torch tensors of any shape, dtype and device.
 
         A tensor on a device is copied to the host, and everything is converted to float64, 131,072 samples at a time.
 
         Args:
             confidence: Probability that the sample is correct, in [0, 1].
             correct: 1 (or True) where it was, 0 where it was not, same shape.
-            mask: Boolean, same shape: True where the sample counts, False where it is ignored, whatever values it
-                has there. Everything counts by default. A batch may be empty.
+            mask: Boolean, same shape: True where the sample counts, False where it is ignored with any value. All
+                samples count by default. A batch may be empty.
 
         Raises:
             ValueError: If the shapes differ, `mask` is not boolean, a confidence that counts is NaN or outside
@@ -87,27 +89,30 @@ class CalibrationHistogram:
         self.merge(batch)
 
     def merge(self, other: "CalibrationHistogram") -> None:
-        """Add what another histogram counted, in any order; `other` stays as it is."""
+        """Add the counts of another histogram, which is not changed."""
         self._count += other._count
         self._correct += other._correct
         self._confidence += other._confidence
 
     def to_array(self) -> np.ndarray:
-        """Samples, correct samples and sum of confidences of each cell, shape `(3, num_cells)`, float64, a copy.
+        """Export samples, correct samples and sum of confidences of each cell, shape `(3, num_cells)`, float64.
 
-        The sum of such arrays is the array of the merged histogram; counts are exact up to 2^53.
+        The array is a copy. The sum of such arrays is the array of the merged histogram; counts are exact up to 2^53.
         """
         return np.stack([self._count, self._correct, self._confidence])
 
     @classmethod
-    def from_array(cls, array: np.ndarray) -> "CalibrationHistogram":
-        """Histogram that `to_array` gives, or a sum of several.
+    def from_array(cls, array: Any) -> "CalibrationHistogram":
+        """Build a histogram from the array of `to_array`, or from a sum of several.
+
+        Args:
+            array: Shape `(3, num_cells)`, an array or a torch tensor on any device.
 
         Raises:
             ValueError: If the shape is another one or the values cannot be counts and sums of confidences: a share
                 or a mean of arrays, say.
         """
-        array = np.asarray(array, dtype=np.float64)
+        array = as_array(array).astype(np.float64, copy=False)
         if array.shape != (3, _NUM_CELLS):
             raise ValueError(f"Expected an array of `to_array`, shape {(3, _NUM_CELLS)}, found {array.shape}.")
         count, correct, confidence = array
@@ -122,11 +127,11 @@ class CalibrationHistogram:
 
     @property
     def num_samples(self) -> int:
-        """Samples counted so far, without the ignored ones."""
+        """Number of samples counted so far, without the ignored ones."""
         return int(self._count.sum())
 
     def accuracy(self) -> float:
-        """Share of correct samples.
+        """Compute the share of correct samples.
 
         Raises:
             ValueError: If nothing has been counted.
@@ -134,7 +139,7 @@ class CalibrationHistogram:
         return float(self._correct.sum() / self._counted())
 
     def bin_statistics(self, num_bins: int = 15) -> BinStats:
-        """What each of `num_bins` bins of one width holds, as `binning.bin_statistics` of all samples.
+        """Compute the statistics of `num_bins` bins of equal width, as `binning.bin_statistics` of all samples.
 
         Raises:
             ValueError: If nothing has been counted, or `num_bins` does not divide 72,000.
@@ -146,7 +151,7 @@ class CalibrationHistogram:
         return self._statistics(edges, _cells(edges[1:-1]))
 
     def equal_mass_statistics(self, num_bins: int = 15) -> BinStats:
-        """What bins that hold about the same number of samples hold; any number of bins will do.
+        """Compute the statistics of bins of about equal numbers of samples; `num_bins` may be any number.
 
         The edges are those of `binning.equal_mass_edges` moved up to the next edge of a cell, so that the
         statistics are exact for the edges returned. No tie is split.
@@ -159,21 +164,21 @@ class CalibrationHistogram:
         return self._statistics(_upper(np.concatenate([held[:1] - 1, last, held[-1:]])), last)
 
     def expected_calibration_error(self, num_bins: int = 15) -> float:
-        """ECE: mean absolute gap between confidence and accuracy over bins of one width; raises as `bin_statistics`.
+        """Compute ECE over bins of equal width; raises as `bin_statistics`.
 
         Source: Guo et al. 2017, arXiv 1706.04599, eq. 3.
         """
         return gap_norm(self.bin_statistics(num_bins), "l1")
 
     def maximum_calibration_error(self, num_bins: int = 15) -> float:
-        """MCE: the largest gap of a non-empty bin of one width; raises as `bin_statistics`.
+        """Compute MCE, the largest gap of a non-empty bin of equal width; raises as `bin_statistics`.
 
         Source: Guo et al. 2017, arXiv 1706.04599, eq. 5.
         """
         return gap_norm(self.bin_statistics(num_bins), "max")
 
     def adaptive_calibration_error(self, num_bins: int = 15) -> float:
-        """AdaECE: mean absolute gap over the bins of `equal_mass_statistics`; raises as that.
+        """Compute AdaECE, the mean absolute gap over the bins of `equal_mass_statistics`; raises as that.
 
         It differs from AdaECE of all samples by at most `adaptive_calibration_error_bound`, and not at all where the
         samples of a cell have one confidence, unless an edge is rounded onto the sample above it.
@@ -183,7 +188,7 @@ class CalibrationHistogram:
         return gap_norm(self.equal_mass_statistics(num_bins), "l1")
 
     def adaptive_calibration_error_bound(self, num_bins: int = 15) -> float:
-        r"""How far `adaptive_calibration_error` may be from AdaECE of all samples, for the samples counted so far.
+        r"""Compute an upper bound of the difference between `adaptive_calibration_error` and AdaECE of all samples.
 
         AdaECE is `sum_b |S_b| / N`, `S_b` the sum of confidence minus correctness over bin b. Edges at cell edges
         leave the bins as they are but for the cells that an edge of the samples splits. Such a cell lies in one bin
@@ -195,10 +200,10 @@ class CalibrationHistogram:
             bound = 2 / N sum_cells max(wrong upper, right (1 - lower)).
 
         That is at most twice the share of samples in split cells, and near confidence 1, where `1 - lower` is at most
-        1 / 72,000, about twice the share of wrong samples there. Samples at exactly 1 have the last cell to
-        themselves; no edge splits it. Other ties are not seen: for half precision the bound is wide and the value is
-        nearly always exact. An edge lies between two neighbouring samples and rounding may put it on the
-        upper one, so where they lie in two cells both count as split.
+        1 / 72,000, about twice the share of wrong samples there. Samples at exactly 1 are alone in the last cell,
+        which no edge splits. Other ties are not recognized: for half precision the bound is wide and the value is
+        nearly always exact. An edge lies between two neighbouring samples and rounding may put it on the upper one,
+        so where they lie in two cells both count as split.
 
         Raises:
             ValueError: As `adaptive_calibration_error`.
@@ -247,14 +252,14 @@ class CalibrationHistogram:
 
 
 def _cells(confidence: np.ndarray) -> np.ndarray:
-    """Cell of each confidence; it ascends at every edge of the grid and of both tails."""
+    """Index of the cell of each confidence."""
     nearest = np.rint(confidence * _GRID)  # of the edges; the division below is how `equal_width_edges` rounds them
     uniform = np.maximum(nearest - (confidence <= nearest / _GRID), 0).astype(np.int64)
     return uniform + _tail(1 - confidence) + (_TAIL - _tail(confidence))
 
 
 def _upper(cells: np.ndarray) -> np.ndarray:
-    """Largest float64 that belongs to each cell or one before it, by halving; 0 for cell -1."""
+    """Largest float64 of each cell or one before it, by bisection; 0 for cell -1."""
     low, high = (
         np.zeros(len(cells), dtype=np.int64),
         np.ones(len(cells)).view(np.int64),
@@ -267,17 +272,17 @@ def _upper(cells: np.ndarray) -> np.ndarray:
 
 
 def _tail(distance: np.ndarray) -> np.ndarray:
-    """Edges passed on the way to an end, given the distance to it: 0 to `_TAIL`."""
+    """Number of edges between a confidence and the region of the uniform grid, from the distance to the end."""
     return np.clip(_OUTERMOST - _magnitude(distance), 0, _TAIL)
 
 
 def _array(values: Any) -> Any:
-    """A tensor where it is, without its graph; anything else as an array."""
+    """Detach a tensor, on its device; convert anything else to an array."""
     return values.detach() if hasattr(values, "detach") else np.asarray(values)
 
 
 def _host(values: Any) -> np.ndarray:
-    """Part of an `_array` in numpy: tensors of floats as float64, as numpy has no bfloat16."""
+    """Convert part of an `_array` to NumPy, floating tensors to float64: NumPy has no bfloat16."""
     if not hasattr(values, "detach"):
         return values
     values = values.cpu()

@@ -237,6 +237,7 @@ class TestToArray:
     def test_the_sum_over_processes_is_the_merged_histogram(self):
         parts = [histogram(part) for part in split(smooth(3_000), 1_000, 1_001)]
         summed = torch.stack([torch.from_numpy(part.to_array()) for part in parts]).sum(dim=0)  # as all_reduce does
+        assert_same_table(CalibrationHistogram.from_array(summed), histogram(smooth(3_000)))
         assert_same_table(CalibrationHistogram.from_array(summed.numpy()), histogram(smooth(3_000)))
 
     def test_it_holds_counts_correct_ones_and_confidences(self):

@@ -21,9 +21,9 @@ PAIRS = PAIRS.map(lambda pairs: (np.array([c for c, _ in pairs]), np.array([r fo
 
 
 def clopper_pearson(events, size, tail):
-    """Exact bounds of a binomial mean as scipy computes them, each with the given tail; the edge cases by Boole."""
-    upper = scipy.stats.binomtest(events, size).proportion_ci(1 - 2 * tail, method="exact").high
-    lower = scipy.stats.binomtest(events, size).proportion_ci(1 - 2 * tail, method="exact").low
+    """Exact bounds of a binomial mean, each with the given tail; the edge cases by Boole's inequality."""
+    upper = scipy.stats.beta.isf(tail, events + 1, size - events) if events < size else 1.0
+    lower = scipy.stats.beta.ppf(tail, events, size - events + 1) if events else 0.0
     if events == size - 1:
         upper = max(upper, 1 - tail / size)
     if events == 1:
