@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import numpy as np
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset
+from datasets.exceptions import DatasetsError
 from PIL import Image as PILImage
 from transformers.utils import logging
 
@@ -93,7 +94,7 @@ def load_splits(
     >>> [len(part) for part in splits[:3]], splits.label_names[:3]
     ([1293, 144, 360], ['0', '1', '2'])
     """
-    raw = DatasetDict(train=_digits()) if dataset == "digits" else load_dataset(HUB_IDS.get(dataset, dataset))
+    raw = DatasetDict(train=_digits()) if dataset == "digits" else _read(dataset)
     if "train" not in raw:
         raise ValueError(f"{dataset!r} needs a split 'train', found {sorted(raw)}.")
     parts, inputs = _canonical(raw, label_column, input_column)
@@ -136,6 +137,20 @@ def without_shared_rows(splits: Splits, blank_tokens: Collection[int] = ()) -> S
     held_out = {"calibration": calibration, "test": splits.test}
     train, _ = drop_overlap(splits.train, held_out, blank_tokens=blank_tokens)
     return splits._replace(train=train, calibration=calibration)
+
+
+def _read(dataset: str) -> DatasetDict:
+    """Load all splits of a data set by its built-in name, Hub id or folder."""
+    source = HUB_IDS.get(dataset, dataset)
+    try:
+        return load_dataset(source)
+    except OSError as error:  # no network, no such data set
+        raise OSError(
+            f"The data set {source!r} cannot be loaded: {error} Without a network name a local folder of its files: "
+            "--dataset FOLDER."
+        ) from error
+    except (DatasetsError, ValueError) as error:
+        raise ValueError(f"The data set {source!r} cannot be read: {error.__cause__ or error}") from error
 
 
 def _digits() -> Dataset:
@@ -196,7 +211,7 @@ def _out_of_distribution(
             return {"image": add_noise(row["image"], NOISE_DEVIATION, np.random.default_rng((seed, index)))}
 
         return test.select_columns(names).map(noisy, with_indices=True, desc="Adding noise")
-    raw = load_dataset(HUB_IDS.get(path, path))
+    raw = _read(path)
     part = raw["test"] if "test" in raw else raw[next(iter(raw))]
     own = input_column if input_column in part.features else None
     try:

@@ -154,6 +154,19 @@ class TestLocalFolder:
         with pytest.raises(ValueError, match="ood='noise' is for images; of texts name a data set"):
             load_splits(save(tmp_path / "d", train=texts(40)), ood="noise")
 
+    def test_without_a_network_one_line_says_what_to_do(self, monkeypatch):
+        def offline(path):
+            raise ConnectionError("Couldn't reach the Hub.")
+
+        monkeypatch.setattr("hf_adafocal.data.loading.load_dataset", offline)
+        with pytest.raises(OSError, match="'SetFit/20_newsgroups' cannot be loaded: Couldn't reach.*--dataset FOLDER"):
+            load_splits("20_newsgroups")
+
+    def test_files_that_cannot_be_read_are_a_value_error(self, tmp_path):
+        (tmp_path / "train.parquet").write_bytes(b"no parquet")
+        with pytest.raises(ValueError, match="cannot be read"):
+            load_splits(str(tmp_path))
+
     def test_a_hub_id_goes_to_the_hub(self, monkeypatch):
         asked = []
         answer = DatasetDict(train=texts(40))

@@ -414,17 +414,19 @@ class TestTrainer:
         with pytest.raises(
             ValueError, match=r"7 of 60 calibration rows .* a train row \(rows 53, 54, 55, 56, 57, \.\."
         ):
-            tiny.trainer(tmp_path, train_dataset=train, eval_dataset=mixed)
+            tiny.trainer(tmp_path, train_dataset=train, eval_dataset=mixed, split_overlap="error")
+        kept = tiny.trainer(tmp_path, train_dataset=train, eval_dataset=mixed).train_dataset
+        assert kept["input_ids"][:] == train["input_ids"][7:]  # by default training rows give way
 
     def test_the_training_set_cannot_be_the_calibration_set(self, tmp_path):
         data = tiny.token_dataset(60)
-        with pytest.raises(ValueError, match="60 of 60 calibration rows"):
+        with pytest.raises(ValueError, match="All 60 rows stand in the held-out sets too"):
             tiny.trainer(tmp_path, train_dataset=data, eval_dataset=data)
 
     def test_a_column_the_model_does_not_read_hides_nothing(self, tmp_path):
         data = tiny.token_dataset(60)
         numbered = [data.add_column("row", list(range(start, start + 60))) for start in (0, 60)]
-        with pytest.raises(ValueError, match="60 of 60 calibration rows"):
+        with pytest.raises(ValueError, match="All 60 rows stand in the held-out sets too"):
             tiny.trainer(tmp_path, train_dataset=numbered[0], eval_dataset=numbered[1])
 
     @pytest.mark.parametrize(("policy", "says"), [("warn", True), ("skip", False)])
@@ -523,8 +525,9 @@ class TestFinetune:
         report = finetune(task(train, calibration, test), tiny.arguments(tmp_path, num_train_epochs=1)).to_dict()
         assert json.loads((tmp_path / "report.json").read_text()) == report
         assert report["overlap"] == {
-            "policy": "error",
+            "policy": "drop",
             "rows": {"calibration in train": 0, "test in train": 0, "test in calibration": 0},
+            "dropped": 0,
         }
         assert {role: split["size"] for role, split in report["splits"].items()} == {
             "train": 48, "calibration": 60, "test": 12,
@@ -541,5 +544,5 @@ class TestFinetune:
         train, calibration = tiny.token_dataset(48), tiny.token_dataset(60, seed=1)
         args = tiny.arguments(tmp_path, num_train_epochs=1, split_overlap="skip")
         report = finetune(task(train, calibration, calibration), args).to_dict()
-        assert report["overlap"] == {"policy": "skip", "rows": {}}
+        assert report["overlap"] == {"policy": "skip", "rows": {}, "dropped": 0}
         assert report["splits"]["test"] == {"size": 60}
