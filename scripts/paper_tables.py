@@ -77,7 +77,9 @@ def metrics_table(runs: Runs) -> str:
 def differences_table(runs: Runs) -> str:
     """Each method as trained minus cross-entropy on the seeds that both have, with 95 % intervals."""
     head = ["method", "seeds", "ECE - CE's", "ECE - (CE + T)'s", "ECE + T - (CE + T)'s", "error - CE's"]
+    head += ["NLL + T - (CE + T)'s, 1/100 nat"]
     pairs = (("ece", RAW, RAW, 1), ("ece", RAW, SCALED, 1), ("ece", SCALED, SCALED, 1), ("accuracy", RAW, RAW, -1))
+    pairs += (("nll", SCALED, SCALED, 1),)
     rows = []
     for method in runs:
         seeds = [seed for seed in runs[method] if seed in runs.get(BASELINE, {})]

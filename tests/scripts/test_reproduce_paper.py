@@ -266,7 +266,10 @@ class TestTables:
 
     def test_differences_are_paired_by_seed_and_leave_out_lone_seeds(self, tables):
         def report(ece, scaled, accuracy):
-            return {"raw": {"ece": ece, "accuracy": accuracy}, "temperature_scaled": {"ece": scaled}}
+            return {
+                "raw": {"ece": ece, "accuracy": accuracy},
+                "temperature_scaled": {"ece": scaled, "nll": 10 * scaled},
+            }
 
         runs = {
             "cross_entropy": {0: report(0.30, 0.03, 0.5), 1: report(0.32, 0.03, 0.5), 2: report(0.34, 0.03, 0.5)},
@@ -278,5 +281,5 @@ class TestTables:
         cells = [cell.strip() for cell in ours.strip("|").split("|")]
         assert cells[:3] == ["adafocal", "3", "-27.00 points (-29.48 to -24.52)"]
         assert cells[3] == "+2.00 points (-0.48 to +4.48, noise)"
-        assert cells[-1] == "+2.00 points (+2.00 to +2.00)"
+        assert cells[-2:] == ["+2.00 points (+2.00 to +2.00)", "+10.00 points (+10.00 to +10.00)"]
         assert brier.startswith("| brier | 1 | -20.00 points |")
