@@ -1,71 +1,80 @@
-"""A model card that shows how calibrated a checkpoint is, from its report.
+"""Model card of a checkpoint from its report.
 
-The card owns the block between its two markers and the results it measured in the metadata. What a user writes around
-the block, and every other key and result, stays.
+The card owns the block between its two markers and the results it measured in the metadata. What a person writes
+around the block, and every other key and result, stays.
 """
 
-from collections.abc import Mapping, Sequence
+import json
+from collections.abc import Sequence
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from jinja2 import Environment, StrictUndefined
 
+from hf_adafocal.report import card_text
+from hf_adafocal.report.atomic import write_atomically
+from hf_adafocal.report.facts import DataSource
 from hf_adafocal.report.schema import Report
-from hf_adafocal.report.tables import METRICS, report_table
+from hf_adafocal.report.stock_card import is_stock, without_stock
+from hf_adafocal.report.tables import METRICS, escape
+from hf_adafocal.report.weights import weights_hash
 
 START = "<!-- calibration report of hf-adafocal: the text down to its end marker is replaced by the next one -->"
 END = "<!-- end of the calibration report of hf-adafocal -->"
-STOCK = "<!-- This model card has been generated automatically according to the information the Trainer had access to."
 PICTURES = {
     "reliability.png": "Accuracy against confidence, with the number of samples in each bin",
     "gamma.png": "Gamma of each confidence bin over training",
     "smoothing.png": "Smoothing of the labels over training",
 }
-LOSS_NAMES = {
-    "adafocal": "AdaFocal",
-    "cross_entropy": "cross-entropy",
-    "focal": "focal loss",
-    "flsd_53": "FLSD-53",
-    "adaptive_label_smoothing": "adaptive label smoothing",
-}
-
 HUB_METRICS = {key: "brier_score" if key == "brier" else key for key in METRICS}  # `metric_type` on the Hub
+SOURCE = ("hf-adafocal", "https://github.com/hf-adafocal/hf_adafocal")  # of the results that the card owns
 
 
-def write_card(folder: str | Path, report: Report, **options) -> Path:
+class StaleReportError(ValueError):
+    """A report describes other weights than those beside it."""
+
+
+def write_card(folder: str | Path, report: Report, **options: Any) -> Path:
     """Write or renew `README.md` of a run folder; options are those of `model_card`.
 
     Pictures are shown if they lie in the folder. An existing README keeps everything outside the block.
 
     Returns:
         The path of the card.
+
+    Raises:
+        StaleReportError: If the folder holds weights that are not those the report describes.
     """
     folder = Path(folder)
+    check_current(folder, report)
     path = folder / "README.md"
-    existing = path.read_text() if path.exists() else None
+    existing = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
     pictures = [name for name in PICTURES if (folder / name).exists()]
-    path.write_text(model_card(report, existing=existing, pictures=pictures, name=folder.resolve().name, **options))
+    facts = replace(report, model=replace(report.model, custom_code=report.model.custom_code or _has_code(folder)))
+    options = {"name": folder.resolve().name, **options}
+    write_atomically(path, model_card(facts, existing=existing, pictures=pictures, **options))
     return path
 
 
-def _as_before(report: Report) -> dict[str, Any]:
-    """The report in the shape that the template still reads."""
-    document = report.to_dict()
-    source = report.trained_on or report.evaluated_on
-    return {
-        **document,
-        "split": report.test.split,
-        "drove_gamma": report.held_out.get("adaptation") == report.test.split,
-        "gamma": [update for update in report.adaptation if "gammas" in update],
-        "smoothing": [update for update in report.adaptation if "smoothing" in update],
-        "training": {
-            "model": report.model.architecture,
-            **({"dataset": source.name} if source else {}),
-            **report.training,
-        },
-    }
+def check_current(folder: str | Path, report: Report) -> None:
+    """Raise `StaleReportError` if a folder holds weights that are not those a report describes."""
+    if is_stale(folder, report):
+        raise StaleReportError(
+            f"The report describes other weights than those in {folder}: measure them with `hf-adafocal evaluate`, or "
+            "with `write_report` of the trainer."
+        )
+
+
+def is_stale(folder: str | Path, report: Report) -> bool:
+    """Whether a folder holds weights that are not those a report describes."""
+    if report.weights is None:
+        return False
+    found = weights_hash(folder)
+    return found is not None and found != report.weights
 
 
 def model_card(
@@ -76,6 +85,10 @@ def model_card(
     existing: str | None = None,
     pictures: Sequence[str] = (),
     license: str | None = None,
+    language: str | None = None,
+    tags: str | Sequence[str] | None = None,
+    base_model: str | None = None,
+    datasets: str | Sequence[str] | None = None,
 ) -> str:
     """The text of a card.
 
@@ -83,111 +96,164 @@ def model_card(
         report: As `build_report` makes it.
         name: Title of a new card.
         repo_id: Where the checkpoint is going to live, for the example; else the name.
-        existing: Text of the card there is; a stock card of the Trainer and one without the block get it at the end.
+        existing: Text of the card there is. A block of ours in it is replaced, what the Trainer generated is removed;
+            a card that a person wrote gets the block at its end.
         pictures: Names of `PICTURES` that lie beside the card.
         license: Licence of the checkpoint, as the Hub spells it.
+        language: Language of the data, as the Hub codes it, where the report does not tell.
+        tags: Further tags.
+        base_model: Hub id of the checkpoint that was fine-tuned, where the report does not tell.
+        datasets: Hub ids of the data, where the report does not tell.
+
+    Returns:
+        The card with its metadata.
+
+    Raises:
+        ValueError: If the metadata of the card there is cannot be read.
     """
-    card = ModelCard(existing) if existing else ModelCard(f"---\n{{}}\n---\n\n# {name}\n")
-    table = report_table(report, tuple(METRICS), intervals=tuple(METRICS), mark=True)
-    facts = _as_before(report)
-    _merge_metadata(card.data, facts, name, license)
-    block = f"{START}\n\n{_block(facts, table, repo_id or name, pictures)}\n\n{END}"
-    text = card.text
+    card = _parsed(existing or f"---\n{{}}\n---\n\n# {escape(name)}\n")
+    stock = is_stock(card.text)
+    card.data.license = card.data.license or license
+    card.data.language = card.data.language or report.language or language
+    card.data.base_model = card.data.base_model or report.model.base_model or base_model
+    card.data.datasets = _union(card.data.datasets, _union(datasets, [])) or None
+    card.data.tags = _union(card.data.tags, _union(tags, [])) or None
+    _merge_metadata(card.data, report, name, stock)
+    block = f"{START}\n\n{_block(report, repo_id or name, pictures)}\n\n{END}"
+    text = without_stock(card.text)
     if START in text and END in text:
         before, rest = text.split(START, 1)
-        text = before + block + rest.split(END, 1)[1]
+        text = before + block + rest.rsplit(END, 1)[1]
+    elif stock:
+        title, _, rest = text.lstrip().partition("\n")
+        if not title.startswith("# "):
+            title, rest = f"# {escape(name)}", text
+        text = f"{title}\n\n{block}\n" + (f"\n{rest.strip()}\n" if rest.strip() else "")
     else:
         text = f"{text.rstrip()}\n\n{block}\n"
     return f"---\n{card.data.to_yaml().strip()}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
 
 
-def _merge_metadata(data: ModelCardData, report: Mapping[str, Any], name: str, license: str | None) -> None:
-    training = report.get("training", {})
-    data.model_name = data.model_name or name
-    data.library_name = data.library_name or "transformers"
-    data.pipeline_tag = data.pipeline_tag or task_of(report)
-    data.license = data.license or license
-    dataset = str(training.get("dataset", "unknown"))
-    data.tags = _union(data.tags, ["calibration", "hf-adafocal", report.get("loss", {}).get("name")])
-    ours = _results(report, dataset)
+def _parsed(text: str) -> ModelCard:
+    try:
+        return ModelCard(text)
+    except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        raise ValueError(
+            f"The metadata of README.md cannot be read: {' '.join(str(error).split())} Repair the lines between its "
+            "two `---`, or move the file away."
+        ) from error
+
+
+def _merge_metadata(data: ModelCardData, report: Report, name: str, stock: bool) -> None:
+    model = report.model
+    data.model_name = data.model_name or " ".join(name.split())
+    data.library_name = data.library_name or ("peft" if model.adapter else "transformers")
+    data.pipeline_tag = data.pipeline_tag or model.task
+    sources = (report.trained_on, report.evaluated_on)
+    data.datasets = _union(data.datasets, [source.hub_id for source in sources if source]) or None
+    data.tags = _union(data.tags, ["calibration", "hf-adafocal", (report.loss or {}).get("name")])
+    widget = _widget(report)
+    if widget and not data.get("widget"):
+        data["widget"] = widget
+    ours = _results(report)
     measured = {(result.dataset_type, result.dataset_split, result.metric_type) for result in ours}
     kept = [
         result
         for result in data.eval_results or []
-        if (result.dataset_type, result.dataset_split, result.metric_type) not in measured
+        if result.source_name != SOURCE[0]
+        and (result.dataset_type, result.dataset_split, result.metric_type) not in measured
+        and not (stock and result.source_name is None)  # the Trainer's, of weights that are gone
     ]
-    data.eval_results = kept + ours
-    data.metrics = _union(data.metrics, [result.metric_type for result in ours])
+    data.eval_results = kept + ours or None
+    data.metrics = _union(data.metrics, [result.metric_type for result in ours]) or None
 
 
-def _results(report: Mapping[str, Any], dataset: str) -> list[EvalResult]:
-    values = report["test"][_shipped(report)]
-    bins = values.get("num_bins", 15)
+def _results(report: Report) -> list[EvalResult]:
+    values = report.metrics
+    source = report.evaluated_on or DataSource(f"{report.test.split} set")  # the model-index needs a name
     return [
         EvalResult(
-            task_type=task_of(report),
-            dataset_type=dataset,
-            dataset_name=dataset,
-            dataset_split=report.get("split", "test"),
+            task_type=report.model.task or "other",
+            dataset_type=source.hub_id or source.name,
+            dataset_name=source.name,
+            dataset_split=report.test.split,
             metric_type=HUB_METRICS[key],
-            metric_name=column.heading.removesuffix(" %") + (f" ({bins} bins)" if "CE" in column.heading else ""),
+            metric_name=column.heading.removesuffix(" %")
+            + (f" ({int(values['num_bins'])} bins)" if "CE" in column.heading else ""),
             metric_value=values[key],
+            source_name=SOURCE[0],
+            source_url=SOURCE[1],
         )
         for key, column in METRICS.items()
-        if key in values
+        if key in values and (key != "mce" or card_text.shows_mce(report))
     ]
 
 
-def task_of(report: Mapping[str, Any]) -> str:
-    """The Hub's name of the task, from the model's class."""
-    model = str(report.get("training", {}).get("model", ""))
-    for part, task in (("Image", "image-classification"), ("Token", "token-classification")):
-        if part in model:
-            return task
-    return "text-classification"
+def _widget(report: Report) -> list[dict[str, Any]]:
+    """Examples as the Hub's widget takes them."""
+    task = report.model.task or ""
+    if not task.startswith(("text", "token", "image", "audio")):
+        return []
+    key = "text" if task.startswith(("text", "token")) else "src"
+    return [{key: example["input"]} for example in report.examples]
 
 
-def _shipped(report: Mapping[str, Any]) -> str:
-    """Which of the report's two results is that of the checkpoint's own scores."""
-    return "temperature_scaled" if report.get("folded") else "raw"
-
-
-def _block(report: Mapping[str, Any], table: str, repo_id: str, pictures: Sequence[str]) -> str:
+def _block(report: Report, repo_id: str, pictures: Sequence[str]) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
-    template = environment.from_string(files("hf_adafocal.report").joinpath("card_template.md").read_text())
-    test, loss, shipped = report["test"], report.get("loss", {}), _shipped(report)
-    baselines = report.get("baselines", {})
+    template = environment.from_string(files("hf_adafocal.report").joinpath("card_template.md").read_text("utf-8"))
+    main, others = card_text.tables(report)
+    values, adapted = report.metrics, next((name for name in pictures if name != "reliability.png"), None)
+    overlap = card_text.overlap_sentences(report)
+    dropped = [sentence for sentence in overlap if "were dropped" in sentence]
+    limits = [card_text.reuse_sentence(report), *(sentence for sentence in overlap if sentence not in dropped)]
     return template.render(
-        values=test[shipped],
-        ece_interval=test.get("intervals", {}).get(shipped, {}).get("ece"),
-        resamples=test.get("intervals", {}).get("num_resamples"),
-        temperature=test.get("temperature"),
-        folded=shipped == "temperature_scaled",
-        table=table,
-        pictures=[{"file": name, "alt": PICTURES[name]} for name in pictures],
-        task=task_of(report),
-        repo_id=repo_id,
-        loss=LOSS_NAMES.get(loss.get("name"), loss.get("name", "an unknown loss")),
-        settings={name: value for name, value in loss.items() if name != "name"},
-        gamma=report.get("gamma"),
-        smoothing=report.get("smoothing"),
-        by_temperature=False,
-        signal="temperature of slices of" if report.get("smoothing") else "calibration gap on",
-        training=report.get("training", {}),
-        seed=report.get("seed"),
-        sizes={
-            role: part["size"] if isinstance(part, Mapping) else part
-            for role, part in report.get("splits", {}).items()
-        },
-        overlap={parts: rows for parts, rows in report.get("overlap", {}).get("rows", {}).items() if rows},
-        split=report.get("split", "test"),
-        drove_gamma=report.get("drove_gamma", False),
-        unchecked=report.get("overlap", {}).get("policy") == "skip",
-        versions=report.get("versions", {}),
-        better=[name for name, values in baselines.items() if values["ece"] < test[shipped]["ece"]],
+        does=card_text.what_it_does(report),
+        good=card_text.how_good(report),
+        decision=card_text.decision(report),
+        snippet=card_text.snippet(report, repo_id),
+        scaling=report.scaling_outcome,
+        calibrated=report.folded,
+        main_table=main,
+        other_table=others,
+        detection=card_text.detection_table(report),
+        other_inputs=escape((report.ood or {}).get("dataset", "")),
+        samples=f"{int(values['num_samples']):,}",
+        num_bins=int(values["num_bins"]),
+        split=escape(report.test.split),
+        resamples=bool(report.test.intervals),
+        reliability=("100%" if len(report.test.rows()) > 1 else "55%") if "reliability.png" in pictures else None,
+        adaptation=card_text.adaptation_sentence(report),
+        loss=card_text.loss_name(report),
+        settings=card_text.loss_settings(report),
+        training=_training(report),
+        splits=card_text.splits_sentence(report),
+        dropped=dropped,
+        adapted_picture=adapted,
+        adapted_alt=PICTURES.get(adapted or "", ""),
+        limits=list(filter(None, limits)),
+        versions=", ".join(f"{escape(library)} {escape(v)}" for library, v in report.versions.items()),
     ).strip()
+
+
+def _training(report: Report) -> str:
+    names = {"epochs": "{} epochs", "batch_size": "batches of {}", "learning_rate": "learning rate {}"}
+    known = {key: report.training[key] for key in names if key in report.training}
+    shown = [names[key].format(escape(card_text.short(value))) for key, value in known.items()]
+    return ", ".join(shown if report.seed is None else [*shown, f"seed {report.seed}"])
+
+
+def _has_code(folder: Path) -> bool:
+    """Whether the checkpoint comes with code of its own, which `from_pretrained` runs on request alone."""
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(config, dict) and bool(config.get("auto_map"))
 
 
 def _union(present: Any, added: Sequence[str | None]) -> list[str]:
     present = [present] if isinstance(present, str) else list(present or [])
-    return present + [name for name in added if name and name not in present]
+    for name in added:
+        if name and name not in present:
+            present.append(name)
+    return present

@@ -21,6 +21,7 @@ def to_document(report: Report) -> dict[str, Any]:
         **test.rows(),
         "temperature": test.temperature,
         "scaling": None if test.scaling is None else test.scaling.to_dict(),
+        "scaling_outcome": report.scaling_outcome,
         "bins": dict(BINS),
         "intervals": None
         if not test.intervals
@@ -121,6 +122,8 @@ def _results(fields: Fields) -> Results:
         optional["scaling"] = _scaling(fields.fields("scaling"))
     if "temperature" in fields:
         fields.number("temperature")  # for readers of the JSON; the scaling holds it
+    if "scaling_outcome" in fields:
+        fields.text("scaling_outcome")  # likewise
     if "bins" in fields:
         fields.json("bins")
     if "intervals" in fields:

@@ -2,7 +2,6 @@
 
 import io
 import json
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,8 @@ from typing import Any
 
 from transformers.utils import logging
 
-from hf_adafocal.report.card import PICTURES, write_card
+from hf_adafocal.report.atomic import write_atomically
+from hf_adafocal.report.card import PICTURES, check_current, write_card
 from hf_adafocal.report.schema import RAW, SCALED, Report
 from hf_adafocal.report.tables import scores_titles
 
@@ -27,8 +27,13 @@ def save_report(folder: str | Path, report: Report) -> None:
     Args:
         folder: Of the checkpoint; created if it is missing.
         report: As `build_report` makes it.
+
+    Raises:
+        StaleReportError: If the folder holds weights that are not those the report describes. Nothing is written then.
+        OSError: If a file cannot be written.
     """
     folder = Path(folder)
+    check_current(folder, report)
     folder.mkdir(parents=True, exist_ok=True)
     _write(folder, report)
     draw(folder, report)
@@ -52,28 +57,6 @@ def read_report(folder: str | Path) -> Report | None:
         return Report.from_dict(json.loads(path.read_text(encoding="utf-8")))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {error}") from error
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a file beside its place and rename it, so that the earlier one is replaced whole or stays.
-
-    Args:
-        path: Where the content goes; a symbolic link is replaced, not followed.
-        content: Text (UTF-8) or bytes.
-
-    Raises:
-        OSError: If it cannot be written; nothing is left behind.
-    """
-    data = content.encode("utf-8", errors="surrogateescape") if isinstance(content, str) else content
-    beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with beside.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def add_baselines(runs: Mapping[str, Sequence[Path]], baseline: str = "cross_entropy") -> None:

@@ -63,7 +63,7 @@ class Results:
         return {name: metrics for name, metrics in both.items() if metrics is not None}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Report:
     """Everything that is known of the calibration of a checkpoint; `build_report` makes it.
 
@@ -119,6 +119,34 @@ class Report:
     def metrics(self) -> dict[str, float]:
         """Metrics of the checkpoint's own scores."""
         return self.test.rows()[self.shipped]
+
+    @property
+    def scaling_outcome(self) -> str:
+        """What was fitted after training and whether it is part of the checkpoint, in one sentence."""
+        scaling, temperature = self.test.scaling, self.test.temperature
+        if scaling is None or (temperature == 1 and not self.folded):
+            return "Nothing is applied after training."
+        samples = "" if scaling.num_samples is None else f", fitted on {scaling.num_samples:,} calibration samples,"
+        what = "vector scaling (one factor and one bias per class)"
+        if temperature is not None:
+            what = f"temperature T = {temperature:.3g}"
+        if self.folded:
+            return f"The {what}{samples} is folded into the last layer: the scores are calibrated as they come."
+        known = None not in (scaling.nll_before, scaling.nll_after, scaling.num_samples)
+        if known and not scaling.is_supported():
+            return (
+                f"Nothing is folded in: {scaling.num_samples:,} calibration samples cannot tell a {what} from leaving "
+                "the scores as they are (likelihood-ratio test at 95 %)."
+            )
+        return (
+            f"The scores are those of the trained model. A {what}{samples} gives the second row of the table; "
+            "`hf-adafocal scale` folds it into the checkpoint."
+        )
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Report) and self.to_dict() == other.to_dict()
+
+    __hash__ = None  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
         """JSON of the report, with `schema_version`; `from_dict` reads it back."""

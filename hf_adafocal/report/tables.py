@@ -1,5 +1,6 @@
 """Markdown tables of calibration metrics: of one report (command line, model card) and of several runs."""
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -63,7 +64,7 @@ def report_table(
         report: Of a run.
         keys: Metrics to show; one that no row has is left out.
         intervals: Those that are shown with their 95 % interval.
-        mark: Set the row of the checkpoint's own scores in bold.
+        mark: Set the row of the checkpoint's own scores in bold and escape names, as a card needs it.
     """
     test = report.test
     titles = scores_titles(report)
@@ -72,13 +73,23 @@ def report_table(
         ends = test.intervals.get(name, {})
         title = f"**{titles[name]}** (this checkpoint)" if mark and name == report.shipped else titles[name]
         rows.append((title, metrics, {key: ends[key] for key in intervals if key in ends}))
-    rows += [(f"baseline: {title}", metrics, {}) for title, metrics in report.baselines.items()]
+    named = ((escape(title) if mark else title, metrics) for title, metrics in report.baselines.items())
+    rows += [(f"baseline: {title}", metrics, {}) for title, metrics in named]
     columns = [METRICS[key] for key in keys if any(key in metrics for _, metrics, _ in rows)]
     cells = [
         [title, *(column.text(metrics.get(column.key), ends.get(column.key)) for column in columns)]
         for title, metrics, ends in rows
     ]
     return markdown([["scores", *(column.heading for column in columns)], *cells])
+
+
+def escape(text: Any) -> str:
+    r"""Text that Markdown and HTML show as it is, in one line.
+
+    >>> escape("a *b*\n<i>")
+    'a \\*b\\* \\<i\\>'
+    """
+    return re.sub(r"([\\`*_{}\[\]<>#|~$&])", r"\\\1", " ".join(str(text).split()))
 
 
 def scores_titles(report: Report) -> dict[str, str]:
@@ -121,7 +132,7 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table with aligned columns; the first row is the heading. Bars inside cells are escaped."""
-    escaped = [[cell.replace("|", "\\|").replace("\n", " ") for cell in row] for row in rows]
+    escaped = [[re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(escaped[0]))]
     lines = [escaped[0], ["-" * width for width in widths], *escaped[1:]]
     return "\n".join(

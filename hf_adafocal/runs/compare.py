@@ -9,8 +9,9 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_adafocal.losses.registry import LOSSES
+from hf_adafocal.report.atomic import write_atomically
 from hf_adafocal.report.comparison import verdict
-from hf_adafocal.report.files import add_baselines, pictures, read_report, write_atomically
+from hf_adafocal.report.files import add_baselines, pictures, read_report
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.tables import comparison_table
 from hf_adafocal.runs.arguments import parse_arguments, settings_by_loss

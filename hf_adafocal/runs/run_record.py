@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from hf_adafocal.data.loading import BUILT_IN, HUB_IDS
-from hf_adafocal.report.files import read_report, write_atomically
+from hf_adafocal.report.atomic import write_atomically
+from hf_adafocal.report.files import read_report
 from hf_adafocal.report.schema import Report
 from hf_adafocal.runs.arguments import own_names, task_parser
 from hf_adafocal.runs.tasks import TASKS, Task

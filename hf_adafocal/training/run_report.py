@@ -1,8 +1,10 @@
 """Report a run: measure its checkpoint on a test set and describe how it was trained."""
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_adafocal.data.fingerprint import Fingerprint
@@ -66,6 +68,15 @@ def adaptation_pictures_of(trainer: "AdaFocalTrainer") -> dict[str, Any]:
     """Draw how the loss adapted over training; matplotlib figures by name, none if it did not."""
     plots, callback = pictures(), trainer.adaptive_callback
     return {} if plots is None or callback is None else plots.adaptation_diagrams(callback.history)
+
+
+def card_options(trainer: "AdaFocalTrainer", *args: Any, **kwargs: Any) -> dict[str, Any]:
+    """Options of `report.card.write_card` that arguments of `Trainer.create_model_card` stand for."""
+    given = inspect.signature(Trainer.create_model_card).bind(trainer, *args, **kwargs).arguments
+    names = {"model_name": "name", "finetuned_from": "base_model", "dataset_tags": "datasets"}
+    names |= {name: name for name in ("language", "license", "tags")}
+    options = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs)}
+    return {"repo_id": trainer.hub_model_id, **options}
 
 
 def _measured_set(trainer: "AdaFocalTrainer", test_dataset: Any) -> tuple[str, Any]:

@@ -15,7 +15,7 @@ from hf_adafocal.checkpoint_files import STATE_FILE
 from hf_adafocal.losses.functional import cross_entropy
 from hf_adafocal.losses.layout import classes_second
 from hf_adafocal.metrics.binning import BinStats
-from hf_adafocal.report.card import write_card
+from hf_adafocal.report.card import is_stale, write_card
 from hf_adafocal.report.files import read_report, save_report
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.weights import weights_hash
@@ -42,7 +42,7 @@ from hf_adafocal.training.plan import (
     with_direction_of_best_metric,
 )
 from hf_adafocal.training.recording_trainer import RecordingTrainer
-from hf_adafocal.training.run_report import adaptation_pictures_of, pictures_of, report_of
+from hf_adafocal.training.run_report import adaptation_pictures_of, card_options, pictures_of, report_of
 from hf_adafocal.training.sample_rows import mean_nll
 from hf_adafocal.training.smoothing_control import measure_slice
 from hf_adafocal.training.step_scale import StepScale
@@ -325,6 +325,8 @@ class AdaFocalTrainer(RecordingTrainer):
     def write_report(self, test_dataset: Any = None, **facts: Any) -> Report:
         """Measure the model as it is and write `report.json`, pictures and the model card into `output_dir`.
 
+        If the folder holds other weights the model is saved first, so that report and weights belong together.
+
         Args:
             test_dataset: Data that trained and chose nothing. Left out, the entry "test" of `eval_dataset`, else the
                 first evaluation set, and the report says what that set was used for.
@@ -337,25 +339,31 @@ class AdaFocalTrainer(RecordingTrainer):
             ValueError: If there is no set to measure.
         """
         report = report_of(self, test_dataset, **{"weights": weights_hash(self.network), **facts})
+        stale = self.is_world_process_zero() and is_stale(self.folder, report)
+        (stale,) = broadcast_object_list([stale])
+        if stale:
+            self.save_model()
         if self.is_world_process_zero():
             save_report(self.folder, report)
         return report
 
-    def create_model_card(self, *args, **kwargs) -> None:
-        """The Trainer's card with the calibration report of the weights in hand; what a person wrote stays.
+    def create_model_card(self, *args: Any, **kwargs: Any) -> None:
+        """Write the card with the calibration report of the weights in hand; what a person wrote stays.
 
         A report in the output folder that describes other weights is not shown; without one of these weights the first
-        evaluation set is measured.
+        evaluation set is measured. Without a set to measure it is the Trainer's own card, whose arguments these are.
         """
         report = read_report(self.folder) if self.is_world_process_zero() else None
         current = report is not None and report.weights == weights_hash(self.network)
         (current,) = broadcast_object_list([current])
         if not current and self.eval_dataset is not None:
             report = self.write_report()
-        if not self.is_world_process_zero() or report is None:
+        if not self.is_world_process_zero():
             return
-        super().create_model_card(*args, **kwargs)
-        write_card(self.folder, report, repo_id=self.hub_model_id)
+        if report is None or (not current and self.eval_dataset is None):
+            super().create_model_card(*args, **kwargs)
+        else:
+            write_card(self.folder, report, **card_options(self, *args, **kwargs))
 
     def _tensorboard_writer(self) -> Any:
         callbacks = self.callback_handler.callbacks

@@ -58,7 +58,7 @@ class TestReportTable:
             baselines={"cross_entropy": {"num_samples": 1, "num_bins": 1, "accuracy": 0.5, "nll": 1.0, "ece": 0.1}},
         )  # fmt: skip
         titles = [cells(line)[0] for line in report_table(report, mark=True).splitlines()[2:]]
-        assert titles == ["as trained", "**T = 2.00** (this checkpoint)", "baseline: cross_entropy"]
+        assert titles == ["as trained", "**T = 2.00** (this checkpoint)", "baseline: cross\\_entropy"]
 
     def test_names_cannot_break_the_table(self):
         assert markdown([["a", "b"], ["x | y\nz", "1"]]).splitlines()[2] == "| x \\| y z | 1   |"

@@ -133,7 +133,7 @@ class TestScaleCheckpoint:
     def test_report_and_card_speak_of_the_folded_checkpoint(self, scaled):
         report = json.loads((scaled / "report.json").read_text())
         card = ModelCard.load(scaled / "README.md")
-        assert report["folded"] is True and "folded into the classifier head" in card.text
+        assert report["folded"] is True and "is folded into the last layer" in card.text
         ece = next(result.metric_value for result in card.data.eval_results if result.metric_type == "ece")
         assert ece == report["test"]["temperature_scaled"]["ece"]
 

@@ -140,7 +140,9 @@ class TestFinetune:
         saved = json.loads((tmp_path / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
         assert (saved["smoothing"], saved["updates"]) == (report["adaptation"][-1]["smoothing"], 3)
         card = (tmp_path / "README.md").read_text()
-        assert "Epsilon moved 3 times, by the temperature of slices of the calibration split; it ended at" in card
+        assert (
+            "The smoothing of the labels moved 3 times, by the temperature of slices of the calibration split" in card
+        )
 
     def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path):
         line = [*QUICK, "--output_dir", str(tmp_path), "--loss", "cross_entropy", "--ood", "noise", "--seed", "3"]
