@@ -4,15 +4,18 @@ import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from accelerate.utils import broadcast_object_list
 from transformers import Trainer
 from transformers.utils import logging
 
 from hf_adafocal.data.fingerprint import Fingerprint
 from hf_adafocal.data.overlap import SplitCheck
 from hf_adafocal.losses.registry import name_of
-from hf_adafocal.report.files import pictures
+from hf_adafocal.report.card import is_stale
+from hf_adafocal.report.files import pictures, read_report, save_report
 from hf_adafocal.report.measurement import Collected
 from hf_adafocal.report.schema import Report, build_report
+from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.scaling.folding import recorded_scaling
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 from hf_adafocal.training.plan import is_stream
@@ -68,6 +71,29 @@ def adaptation_pictures_of(trainer: "AdaFocalTrainer") -> dict[str, Any]:
     """Draw how the loss adapted over training; matplotlib figures by name, none if it did not."""
     plots, callback = pictures(), trainer.adaptive_callback
     return {} if plots is None or callback is None else plots.adaptation_diagrams(callback.history)
+
+
+def save_with_weights(trainer: "AdaFocalTrainer", report: Report) -> None:
+    """Write a report into the trainer's folder; the model first, if the weights there are others."""
+    stale = trainer.is_world_process_zero() and is_stale(trainer.folder, report)
+    (stale,) = broadcast_object_list([stale])
+    if stale:
+        trainer.save_model()
+    if trainer.is_world_process_zero():
+        save_report(trainer.folder, report)
+
+
+def current_report(trainer: "AdaFocalTrainer") -> tuple[Report | None, bool]:
+    """The report in the trainer's folder, on the main process, and whether it describes the model as it is."""
+    report = None
+    if trainer.is_world_process_zero():
+        try:
+            report = read_report(trainer.folder)
+        except ValueError as error:
+            logger.warning(f"{error} It is replaced.")
+    current = report is not None and report.weights == weights_hash(trainer.network)
+    (current,) = broadcast_object_list([current])
+    return report, current
 
 
 def card_options(trainer: "AdaFocalTrainer", *args: Any, **kwargs: Any) -> dict[str, Any]:

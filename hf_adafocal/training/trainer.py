@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import broadcast_object_list
 from transformers import TrainingArguments
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import default_compute_objective
@@ -15,8 +14,7 @@ from hf_adafocal.checkpoint_files import STATE_FILE
 from hf_adafocal.losses.functional import cross_entropy
 from hf_adafocal.losses.layout import classes_second
 from hf_adafocal.metrics.binning import BinStats
-from hf_adafocal.report.card import is_stale, write_card
-from hf_adafocal.report.files import read_report, save_report
+from hf_adafocal.report.card import write_card
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.scaling.folding import forget_scaling, recorded_scaling
@@ -42,7 +40,14 @@ from hf_adafocal.training.plan import (
     with_direction_of_best_metric,
 )
 from hf_adafocal.training.recording_trainer import RecordingTrainer
-from hf_adafocal.training.run_report import adaptation_pictures_of, card_options, pictures_of, report_of
+from hf_adafocal.training.run_report import (
+    adaptation_pictures_of,
+    card_options,
+    current_report,
+    pictures_of,
+    report_of,
+    save_with_weights,
+)
 from hf_adafocal.training.sample_rows import mean_nll
 from hf_adafocal.training.smoothing_control import measure_slice
 from hf_adafocal.training.step_scale import StepScale
@@ -339,12 +344,7 @@ class AdaFocalTrainer(RecordingTrainer):
             ValueError: If there is no set to measure.
         """
         report = report_of(self, test_dataset, **{"weights": weights_hash(self.network), **facts})
-        stale = self.is_world_process_zero() and is_stale(self.folder, report)
-        (stale,) = broadcast_object_list([stale])
-        if stale:
-            self.save_model()
-        if self.is_world_process_zero():
-            save_report(self.folder, report)
+        save_with_weights(self, report)
         return report
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
@@ -353,14 +353,12 @@ class AdaFocalTrainer(RecordingTrainer):
         A report in the output folder that describes other weights is not shown; without one of these weights the first
         evaluation set is measured. Without a set to measure it is the Trainer's own card, whose arguments these are.
         """
-        report = read_report(self.folder) if self.is_world_process_zero() else None
-        current = report is not None and report.weights == weights_hash(self.network)
-        (current,) = broadcast_object_list([current])
+        report, current = current_report(self)
         if not current and self.eval_dataset is not None:
-            report = self.write_report()
+            report, current = self.write_report(), True
         if not self.is_world_process_zero():
             return
-        if report is None or (not current and self.eval_dataset is None):
+        if report is None or not current:
             super().create_model_card(*args, **kwargs)
         else:
             write_card(self.folder, report, **card_options(self, *args, **kwargs))
