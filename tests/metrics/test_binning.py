@@ -4,7 +4,18 @@ import reference
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hf_adafocal.metrics.binning import BinStats, bin_statistics, equal_mass_edges, equal_width_edges
+from hf_adafocal.metrics.binning import (
+    BinStats,
+    bin_statistics,
+    binned,
+    equal_mass_edges,
+    equal_width_edges,
+    gap_norm,
+    slope_of_norm,
+    vector_norm,
+    weighted_gaps,
+    with_classes,
+)
 from hf_adafocal.metrics.scores import softmax, top_label
 
 # Few distinct values, so that ties and confidences of exactly 0, 0.3 and 1 are common; and values in general position.
@@ -188,3 +199,51 @@ class TestBinStatistics:
     def test_edges_that_do_not_ascend_are_an_error(self, edges):
         with pytest.raises(ValueError, match="edges must be at least two ascending numbers"):
             bin_statistics([0.5], [1], edges)
+
+
+class TestWithClasses:
+    @pytest.mark.parametrize("num_bins", [1, 2, 7, 80])
+    def test_the_gap_of_each_class_and_bin_is_that_of_its_samples(self, num_bins):
+        generator = np.random.default_rng(0)
+        confidence, predicted = generator.random(200), generator.integers(3, size=200)
+        correct = generator.random(200) < 0.5
+        edges = equal_width_edges(num_bins)
+        found = with_classes(bin_statistics(confidence, correct, edges), confidence, correct, predicted, 5)
+        assert found.class_gap.shape == (5, num_bins)
+        for k in range(5):
+            mine = predicted == k
+            assert found.class_counts[k] == mine.sum()
+            expected = [c - a for _, c, a in reference.bins(confidence[mine], correct[mine], edges)]
+            assert found.class_gap[k] == pytest.approx(expected)
+
+    @pytest.mark.parametrize("predicted", [[0, 3], [-1, 0]])
+    def test_a_class_out_of_range_is_an_error(self, predicted):
+        stats = bin_statistics([0.5, 0.5], [1, 0], [0, 1])
+        match = rf"must lie in \[0, 3\), found {min(predicted)} to {max(predicted)}"
+        with pytest.raises(ValueError, match=match):
+            with_classes(stats, np.array([0.5, 0.5]), np.array([1, 0]), np.array(predicted), 3)
+
+
+class TestNorms:
+    COUNT, GAP = np.array([3, 0, 1]), np.array([0.2, 0.0, -0.4])
+
+    @pytest.mark.parametrize(("norm", "expected"), [("l1", 0.25), ("l2", (0.03 + 0.04) ** 0.5), ("max", 0.4)])
+    def test_a_calibration_error_is_a_norm_of_the_gaps_weighted_by_samples(self, norm, expected):
+        stats = BinStats(edges=equal_width_edges(3), count=self.COUNT, confidence=self.GAP, accuracy=np.zeros(3))
+        assert gap_norm(stats, norm) == pytest.approx(expected)
+        assert vector_norm(weighted_gaps(self.GAP, self.COUNT, norm), norm) == pytest.approx(expected)
+
+    @pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+    def test_the_slope_is_the_derivative_of_the_norm(self, norm):
+        values = np.array([0.3, -0.7, 0.2])
+        steps = 1e-6 * np.eye(3)
+        expected = [(vector_norm(values + d, norm) - vector_norm(values - d, norm)) / 2e-6 for d in steps]
+        assert slope_of_norm(values, norm) == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize(("norm", "expected"), [("l1", [1, 1]), ("l2", [0.5**0.5, 0.5**0.5]), ("max", [1, 0])])
+    def test_without_any_gap_the_slope_is_not_0(self, norm, expected):
+        assert slope_of_norm(np.zeros(2), norm) == pytest.approx(expected)
+
+    def test_an_unknown_norm_is_an_error(self):
+        with pytest.raises(ValueError, match="norm must be 'l1', 'l2' or 'max', found 'l3'"):
+            gap_norm(binned([0.5], [1]), "l3")

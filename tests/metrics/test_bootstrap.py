@@ -179,6 +179,11 @@ class TestReportIntervals:
         found = report_intervals(*arrays, 5, num_resamples=40, level=0.9)["classwise_ece"]
         assert found == classwise_error_interval(*arrays, 5, level=0.9)
 
+    def test_the_defaults_are_15_bins_1000_resamples_a_level_of_95_percent_and_seed_0(self):
+        arrays = predictions(40)
+        expected = report_intervals(*arrays, 15, num_resamples=1000, level=0.95, seed=0)
+        assert report_intervals(*arrays) == expected
+
     def test_half_precision_loses_nothing_beyond_its_own_rounding(self):
         probabilities, labels = predictions()
         half = probabilities.astype(np.float16)
@@ -261,11 +266,34 @@ class TestPairedTest:
             paired_test(lambda a: np.nan, [[0, 1]], [[0, 1]])
 
 
+class TestDefaults:
+    """1,000 resamples, a level of 95 % and seed 0, of all functions that resample."""
+
+    OPTIONS = {"num_resamples": 1000, "level": 0.95, "seed": 0}
+
+    def test_one_resample_is_allowed(self):
+        found = bootstrap_interval(np.mean, [0.25, 0.75], num_resamples=1)
+        assert found.low == found.high
+
+    def test_of_an_interval(self):
+        values = np.random.default_rng(0).random(30)
+        assert bootstrap_interval(np.mean, values) == bootstrap_interval(np.mean, values, **self.OPTIONS)
+
+    def test_of_paired_tests(self):
+        generator = np.random.default_rng(0)
+        one, other = generator.random(30), generator.random(30)
+        assert paired_test(np.mean, [one], [other]) == paired_test(np.mean, [one], [other], **self.OPTIONS)
+        pairs = one, generator.random(30) < one, other, generator.random(30) < other
+        expected = paired_calibration_error_test(*pairs, 15, scheme="equal_width", norm="l1", **self.OPTIONS)
+        assert paired_calibration_error_test(*pairs) == expected
+
+
 class TestPairedCalibrationErrorTest:
     @every_scheme
     @every_norm
-    def test_it_equals_a_slow_loop(self, scheme, norm):
-        confidence, correct = pairs_with_gap(np.random.default_rng(0), 60, gap=0.1)
+    @pytest.mark.parametrize("size", [7, 60])  # with 7 samples a bin is drawn once, or not at all
+    def test_it_equals_a_slow_loop(self, scheme, norm, size):
+        confidence, correct = pairs_with_gap(np.random.default_rng(0), size, gap=0.1)
         other = np.clip(confidence - 0.05, 0, 1)
         parts = []
         for values in (confidence, other):

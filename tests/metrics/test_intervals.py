@@ -190,6 +190,15 @@ class TestCalibrationErrorInterval:
             expected = (math.sqrt(np.dot([0.8, 0.2], np.square(ends))) for ends in (lowers, uppers))
         assert found[1:] == pytest.approx(tuple(expected))
 
+    @pytest.mark.parametrize("norm", ["l2", "max"])
+    def test_lower_ends_of_other_norms_are_above_0_where_the_gaps_are_large(self, norm):
+        confidence, correct = np.repeat([0.1, 0.9], [300, 100]), np.repeat([1, 0, 1, 0], [240, 60, 10, 90])
+        found = calibration_error_interval(confidence, correct, 2, norm=norm)
+        tail = 0.025 / 4
+        lowers = [clopper_pearson(240, 300, tail)[0] / 300 - 0.1, 0.9 - clopper_pearson(10, 100, tail)[1] / 100]
+        low = max(lowers) if norm == "max" else math.sqrt(np.dot([0.75, 0.25], np.square(lowers)))
+        assert found.low == pytest.approx(low)
+
     @every_scheme
     def test_the_order_of_samples_does_not_matter(self, scheme):
         confidence, correct = pairs_with_gap(np.random.default_rng(0), 500, gap=0.1)

@@ -148,6 +148,13 @@ class TestRounding:
         exact = np.array([[1.0, 0.0, 0.0], [0.25, 0.5, 0.25]])
         close(metric(rows, [1, 0]), metric(exact, [1, 0]), 1e-5)  # a value above 1 by less than 1e-6 may stay
 
+    @pytest.mark.parametrize("off", [2e-6, 1e-3, 0.9 * TOLERANCE])
+    def test_a_value_above_1_beside_zeros_counts_as_1_in_every_metric(self, off):
+        # no value below 0 that says so, and a row sum within the tolerance
+        rows, exact = np.array([[1 + off, 0.0], [0.25, 0.75]]), np.array([[1.0, 0.0], [0.25, 0.75]])
+        for metric in (*MULTICLASS, lambda p, y: classwise_calibration_error(p, y, scheme="equal_mass")):
+            close(metric(rows, [1, 0]), metric(exact, [1, 0]), 1e-12)
+
     @every_metric_of_pairs
     @given(off=st.one_of(st.sampled_from([2.3e-16, 1e-17, 1e-9]), st.floats(0, 0.9 * TOLERANCE)))
     @settings(max_examples=10)
