@@ -105,7 +105,7 @@ def best_temperature(sums: Tensor, num_samples: int) -> tuple[float, float]:
     nll = values[0] / num_samples
     slope = values[1] * nodes / num_samples  # in the logarithm of 1 / T
     falling = slope < 0
-    if bool(falling[-1]):
+    if slope[-1] <= 0:  # at 0 it has underflown
         return 1.0, float(nll[NUM_NODES // 2])
     if not bool(falling[0]):
         return float(1 / nodes[0]), float(nll[0])

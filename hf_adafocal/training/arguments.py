@@ -222,6 +222,21 @@ class AdaFocalTrainingArguments(TrainingArguments):
         for name in ("auxiliary_weight", "auxiliary_base"):
             self._check_used(name, used & set(BATCH_LOSSES), BATCH_LOSSES)
 
+    def check_no_loss_settings(self) -> None:
+        """Check that no setting of a loss is given, for a trainer that gets a loss module of its own.
+
+        Raises:
+            ValueError: If one would be ignored; the error names it.
+        """
+        own = ("class_weights", "auxiliary_weight", "auxiliary_base", *LOSS_ARGUMENTS)
+        given = [name for name in own if getattr(self, name) is not None]
+        given += ["loss"] if self.loss != DEFAULT_LOSS else []
+        if given:
+            raise ValueError(
+                f"{', '.join(given)} would be ignored: the trainer was given a loss module. Set it up in the module, "
+                "or leave the module out."
+            )
+
     def _check_used(self, name: str, users: set[str], losses: tuple[str, ...]) -> None:
         if getattr(self, name) is not None and not users:
             raise ValueError(

@@ -245,6 +245,9 @@ class AdaFocalCallback(AdaptiveStateCallback):
 
     def on_epoch_begin(self, args, state, control, **kwargs):
         """Refuse to go on if an epoch's evaluations were all of other sets."""
+        self._check_that_gamma_moved()
+
+    def _check_that_gamma_moved(self) -> None:
         if self._missed and self.updates == 0:
             raise ValueError(
                 f"Gamma has not moved: the evaluations were of {sorted(self._missed)}, none of "
@@ -263,6 +266,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
     def on_train_end(self, args, state, control, **kwargs):
         """Restore the best checkpoint's table; later evaluations leave gamma alone."""
         self._training = False
+        self._check_that_gamma_moved()
         super().on_train_end(args, state, control, **kwargs)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
@@ -297,8 +301,10 @@ class AdaFocalCallback(AdaptiveStateCallback):
 def expected_evaluations(args: Any, state: Any) -> int:
     """How many evaluations a training run makes from its start to its end."""
     if args.eval_strategy == IntervalStrategy.STEPS:
-        every = state.eval_steps or args.eval_steps
-        return math.ceil(state.max_steps / every) if every and every >= 1 else 0  # also at the last step
+        every = state.eval_steps
+        steps = range(every, state.max_steps + 1, every) if every and every >= 1 else ()
+        last = bool(every) and state.max_steps % every != 0  # newer releases also evaluate at the last step
+        return sum(step >= args.eval_delay for step in steps) + last
     return math.ceil(state.num_train_epochs)
 
 

@@ -17,7 +17,8 @@ from hf_adafocal.preserved_state import evaluating, random_state_kept
 
 logger = logging.get_logger(__name__)
 
-LEAST_EXCESS = 1e-2  # nats; what two ways of computing one cross-entropy cannot explain, also in bfloat16
+# Nats that two ways of computing one cross-entropy can differ by, in float32 and in narrower types.
+ROUNDING, COARSE_ROUNDING = 1e-5, 3e-2
 DEFAULT_IGNORE_INDEX = -100
 
 
@@ -122,7 +123,8 @@ class FurtherTerms:
         if loss is None or "logits" not in outputs:
             return
         excess = float(self.of(loss, outputs["logits"], targets))
-        self.found = abs(excess) > LEAST_EXCESS
+        narrow = torch.finfo(outputs["logits"].dtype).bits < 32 or torch.finfo(loss.dtype).bits < 32
+        self.found = abs(excess) > (COARSE_ROUNDING if narrow else ROUNDING * max(1.0, abs(float(loss))))
         if self.found:
             logger.warning(
                 f"The own loss of {type(model).__name__} has terms beside the cross-entropy of its logits "

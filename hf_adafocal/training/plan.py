@@ -146,6 +146,8 @@ def resolve_plan(
     ours = args if isinstance(args, AdaFocalTrainingArguments) else None
     if isinstance(loss, str):
         raise TypeError(f"loss must be a module, found {loss!r}: name it in AdaFocalTrainingArguments(loss=...).")
+    if loss is not None and ours is not None:
+        ours.check_no_loss_settings()
     built = build_run_loss(args, model, train_dataset) if loss is None else as_classification_loss(loss)
     plan = RunPlan(
         loss=built,

@@ -192,10 +192,10 @@ class AdaFocalTrainer(RecordingTrainer):
             ValueError: If no checkpoint is complete, the state of the one to resume from is not what a run writes, or
                 a temperature is to be folded at the end into a head that cannot hold it.
         """
-        if self.plan.calibrate_at_end:
+        if self.plan.calibrate_at_end and self.model is not None:  # in a search `model_init` has yet to make it
             check_before_training(self)
         self.batch_recorded = False
-        if recorded_scaling(self.network) is not None:
+        if self.model is not None and recorded_scaling(self.network) is not None:
             logger.warning("The model has a scaling folded into its head; training moves on from there, unrecorded.")
             forget_scaling(self.network)
         outcome = super().train(resume_from_checkpoint, *args, **kwargs)
