@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
@@ -112,13 +112,13 @@ def model_card(
         ValueError: If the metadata of the card there is cannot be read.
     """
     card = _parsed(existing or f"---\n{{}}\n---\n\n# {escape(name)}\n")
-    stock = is_stock(card.text)
-    card.data.license = card.data.license or license
-    card.data.language = card.data.language or report.language or language
-    card.data.base_model = card.data.base_model or report.model.base_model or base_model
-    card.data.datasets = _union(card.data.datasets, _union(datasets, [])) or None
-    card.data.tags = _union(card.data.tags, _union(tags, [])) or None
-    _merge_metadata(card.data, report, name, stock)
+    stock, data = is_stock(card.text), cast(ModelCardData, card.data)
+    data.license = data.license or license
+    data.language = data.language or report.language or language
+    data.base_model = data.base_model or report.model.base_model or base_model
+    data.datasets = _union(data.datasets, _union(datasets, [])) or None
+    data.tags = _union(data.tags, _union(tags, [])) or None
+    _merge_metadata(data, report, name, stock)
     block = f"{START}\n\n{_block(report, repo_id or name, pictures)}\n\n{END}"
     text = without_stock(card.text)
     if START in text and END in text:

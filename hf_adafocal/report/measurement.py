@@ -131,7 +131,7 @@ def measure_samples(samples: PerSample, num_bins: int = 15, num_resamples: int =
     }
     intervals = {}
     if len(confidence) <= MOST_FOR_INTERVALS:
-        binned = {"ece": {}, "ada_ece": {"scheme": "equal_mass"}, "mce": {"norm": "max"}}
+        binned: dict[str, dict[str, Any]] = {"ece": {}, "ada_ece": {"scheme": "equal_mass"}, "mce": {"norm": "max"}}
         found = {
             "accuracy": bootstrap_interval(np.mean, correct, num_resamples=num_resamples),
             "nll": bootstrap_interval(np.mean, nll, num_resamples=num_resamples),

@@ -48,12 +48,13 @@ METRICS = {
         Column("mce", "MCE %", 100, 2),
     )
 }
-COLUMNS = tuple(METRICS[key] for key in ("accuracy", "nll", "brier", "ece", "ada_ece"))
+MAIN_KEYS = ("accuracy", "nll", "brier", "ece", "ada_ece")
+COLUMNS = tuple(METRICS[key] for key in MAIN_KEYS)
 
 
 def report_table(
     report: Report,
-    keys: Sequence[str] = tuple(column.key for column in COLUMNS),
+    keys: Sequence[str] = MAIN_KEYS,
     *,
     intervals: Sequence[str] = (),
     mark: bool = False,

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import warnings
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -56,7 +56,13 @@ class Scaling:
         """`"temperature"`, or `"vector"` where the numbers differ by class."""
         return "vector" if isinstance(self.scale, tuple) or self.bias else "temperature"
 
-    def apply(self, logits: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    @overload
+    def apply(self, logits: Tensor) -> Tensor: ...
+
+    @overload
+    def apply(self, logits: Any) -> np.ndarray: ...
+
+    def apply(self, logits: Any) -> Tensor | np.ndarray:
         """Scaled logits.
 
         Args:
@@ -65,12 +71,17 @@ class Scaling:
         Returns:
             The same shape; a tensor for a tensor, otherwise an array.
         """
-        given = torch.as_tensor(logits)
-        kind = {"dtype": torch.promote_types(given.dtype, torch.float32), "device": given.device}
-        scaled = given.to(kind["dtype"]) * torch.tensor(self.scale, **kind) + torch.tensor(self.bias, **kind)
+        given, scale, bias = self._beside(logits)
+        scaled = given * scale + bias
         return scaled if isinstance(logits, Tensor) else scaled.numpy()
 
-    def undo(self, logits: Tensor | np.ndarray) -> Tensor | np.ndarray:
+    @overload
+    def undo(self, logits: Tensor) -> Tensor: ...
+
+    @overload
+    def undo(self, logits: Any) -> np.ndarray: ...
+
+    def undo(self, logits: Any) -> Tensor | np.ndarray:
         """Logits before scaling; the inverse of `apply`.
 
         Args:
@@ -82,10 +93,16 @@ class Scaling:
         >>> Scaling(scale=0.5).undo(Scaling(scale=0.5).apply([[2.0, -4.0]]))
         array([[ 2., -4.]], dtype=float32)
         """
-        given = torch.as_tensor(logits)
-        kind = {"dtype": torch.promote_types(given.dtype, torch.float32), "device": given.device}
-        before = (given.to(kind["dtype"]) - torch.tensor(self.bias, **kind)) / torch.tensor(self.scale, **kind)
+        given, scale, bias = self._beside(logits)
+        before = (given - bias) / scale
         return before if isinstance(logits, Tensor) else before.numpy()
+
+    def _beside(self, logits: Any) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits in float32 or wider, scale and bias, all of one type and on one device."""
+        given = torch.as_tensor(logits)
+        dtype = torch.promote_types(given.dtype, torch.float32)
+        scale, bias = (torch.tensor(value, dtype=dtype, device=given.device) for value in (self.scale, self.bias))
+        return given.to(dtype), scale, bias
 
     def is_supported(self, confidence: float = 0.95) -> bool:
         """Likelihood-ratio test of this scaling against leaving the logits as they are.
@@ -121,7 +138,8 @@ class Scaling:
 
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it, with `method` and, where there is one, `temperature`."""
-        temperature = {"temperature": 1 / self.scale} if self.method == "temperature" else {}
+        known = self.method == "temperature" and not isinstance(self.scale, tuple)
+        temperature = {"temperature": 1 / self.scale} if known else {}  # type: ignore[operator]
         lists = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
         return {"method": self.method, **temperature, **lists}
 
@@ -137,7 +155,7 @@ class Scaling:
         return cls(**{field.name: record[field.name] for field in dataclasses.fields(cls) if field.name in record})
 
 
-def fit_temperature(logits: Tensor, labels: Tensor) -> float:
+def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
     """Temperature T that minimises the NLL of `logits / T`.
 
     A bounded search on log T, so T is positive by construction; the NLL has one minimum in T. A T that does not lower
@@ -187,7 +205,7 @@ def fit_temperature(logits: Tensor, labels: Tensor) -> float:
     return math.exp(found.x) if found.fun < before else 1.0
 
 
-def fit_temperature_scaling(logits: Tensor, labels: Tensor) -> Scaling:
+def fit_temperature_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> Scaling:
     """`fit_temperature` as a `Scaling`, with the NLL before and after.
 
     Where `fit_temperature` keeps T at 1, this is the identity.
@@ -203,7 +221,7 @@ def fit_temperature_scaling(logits: Tensor, labels: Tensor) -> Scaling:
     return _measured(Scaling(1 / temperature), *_checked(logits, labels))
 
 
-def fit_vector_scaling(logits: Tensor, labels: Tensor) -> Scaling:
+def fit_vector_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> Scaling:
     """One factor and one bias per class that minimise the NLL of `logits * scale + bias`.
 
     L-BFGS with the analytic gradient, from the best temperature on. The objective is convex: the summed NLL plus half
@@ -243,11 +261,12 @@ def fit_vector_scaling(logits: Tensor, labels: Tensor) -> Scaling:
     factors, bias = found.reshape(2, -1)
     before = _measured(Scaling(1.0), logits, labels)
     if not np.isfinite(found).all() or not factors.all():
-        _warn_of_refusal("vector scaling", before.nll_before, math.nan)
+        _warn_of_refusal("vector scaling", _nll(logits, labels), math.nan)
         return before
     fitted = _measured(Scaling(tuple(factors * start.scale), tuple(bias)), logits, labels)
-    if fitted.nll_after > fitted.nll_before + ROUNDING:
-        _warn_of_refusal("vector scaling", fitted.nll_before, fitted.nll_after)
+    earlier, later = _nll(logits, labels), _nll(fitted.apply(logits), labels)
+    if later > earlier + ROUNDING:
+        _warn_of_refusal("vector scaling", earlier, later)
         return before
     return fitted
 
@@ -272,7 +291,7 @@ def _fit_vector(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x
 
 
-def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _checked(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """Logits as float64 and labels as int64, both on the CPU, if they are what a fit takes."""
     logits, labels = torch.as_tensor(logits).detach().cpu().double(), torch.as_tensor(labels).cpu()
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
@@ -303,10 +322,14 @@ def _measured(scaling: Scaling, logits: Tensor, labels: Tensor) -> Scaling:
     """The scaling with its NLL before and after."""
     return dataclasses.replace(
         scaling,
-        nll_before=F.cross_entropy(logits, labels).item(),
-        nll_after=F.cross_entropy(scaling.apply(logits), labels).item(),
+        nll_before=_nll(logits, labels),
+        nll_after=_nll(scaling.apply(logits), labels),
         num_samples=len(labels),
     )
+
+
+def _nll(logits: Tensor, labels: Tensor) -> float:
+    return F.cross_entropy(logits, labels).item()
 
 
 def _warn_of_refusal(name: str, before: float, after: float) -> None:

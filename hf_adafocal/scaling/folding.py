@@ -182,7 +182,7 @@ def _adapter_config(model: Any) -> Any:
 
 
 def _check_task(config: transformers.PretrainedConfig) -> None:
-    if config.problem_type not in (None, "single_label_classification") or config.num_labels < 2:
+    if config.problem_type not in (None, "single_label_classification") or (config.num_labels or 0) < 2:
         raise ValueError(
             "Scaling is fitted to the softmax over two or more classes, found num_labels "
             f"{config.num_labels} and problem_type {config.problem_type}."

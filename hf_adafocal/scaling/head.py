@@ -42,7 +42,7 @@ def find_head(model: Any, inputs: dict[str, Tensor] | None = None) -> nn.Linear 
             "logits where they are used: Scaling.apply."
         )
     _check_head(model, found[0], candidates[found[0]])
-    return candidates[found[0]]  # type: ignore[return-value]
+    return candidates[found[0]]
 
 
 def example(model: Any) -> dict[str, Tensor]:
@@ -73,7 +73,7 @@ def is_adapter(module: nn.Module) -> bool:
     return type(module).__module__.split(".")[0] == "peft"
 
 
-def _outputs(module: nn.Module) -> int | None:
+def _outputs(module: Any) -> int | None:
     """Outputs of a linear or convolutional layer; None of a PEFT module, which wraps another."""
     if is_adapter(module):
         return None
@@ -106,7 +106,7 @@ def _along_classes(values: Tensor, ndim: int) -> Tensor:
     return values[:, None, None] if ndim == 4 else values
 
 
-def _logits_follow(model: nn.Module, module: nn.Module, batch: dict[str, Tensor]) -> bool:
+def _logits_follow(model: Any, module: nn.Module, batch: dict[str, Tensor]) -> bool:
     """Whether scaling this module's output scales the logits, and nothing comes after that would bend them."""
     plain = model(**batch).logits.float()
     classes = plain.shape[1] if plain.ndim == 4 else plain.shape[-1]
@@ -131,11 +131,12 @@ def _logits_follow(model: nn.Module, module: nn.Module, batch: dict[str, Tensor]
     return bool((scaled - expected).abs().max() <= tolerance * expected.abs().max())
 
 
-def _check_head(model: nn.Module, name: str, head: nn.Module) -> None:
+def _check_head(model: nn.Module, name: str, head: Any) -> None:
     """Raise unless the head is a plain layer that is saved and whose parameters nothing else uses."""
     weight = getattr(head, "weight", None)
     plain = isinstance(head, nn.Linear | nn.Conv2d) and type(weight) is nn.Parameter
-    if not plain or weight.dtype not in DTYPES or weight.is_meta or weight.numel() == 0:
+    whole = isinstance(weight, Tensor) and weight.dtype in DTYPES and not weight.is_meta and weight.numel() > 0
+    if not plain or not whole:
         found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__
         raise ValueError(
             f"The head {name} is a {type(head).__module__}.{type(head).__name__} with a weight that is a {found}, not "
