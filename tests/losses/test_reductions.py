@@ -130,6 +130,7 @@ class TestBalancedClassWeights:
         [
             ([0, 3], r"labels must lie in \[0, 3\).*found 0 to 3"),
             ([-1, 0], "found -1 to 0"),
+            ([0, 7], "found 0 to 7"),
             ([0.5, 1.0], "must be integer class indices"),
             (torch.tensor([True]), "must be integer class indices"),
             ([], "found none that counts"),
