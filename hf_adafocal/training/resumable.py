@@ -21,7 +21,8 @@ class ResumableTrainer(Trainer):
 
         A resumed run is the uninterrupted one to the bit, but for two things: the first `loss` it logs is the mean
         since the checkpoint, and data that a transform draws at random are drawn anew if the checkpoint is from
-        within an epoch (choose `save_strategy="epoch"` for such data).
+        within an epoch (choose `save_strategy="epoch"` for such data). On the first releases of transformers 5, whose
+        Trainer has no `_run_epoch`, a finished run that `max_steps` ended within an epoch takes one more step.
 
         Raises:
             ValueError: If no checkpoint is complete.

