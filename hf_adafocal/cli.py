@@ -164,6 +164,11 @@ def _parser() -> argparse.ArgumentParser:
     card.add_argument("folder", type=Path)
     card.add_argument("--repo-id", help="where the checkpoint is going to live")
     card.add_argument("--license", help="licence of the checkpoint, as the Hub spells it")
+    card.add_argument("--language", help="language of the data, as the Hub codes it")
+    card.add_argument("--base-model", help="Hub id of the checkpoint that was fine-tuned")
+    card.add_argument("--datasets", nargs="+", help="Hub ids of the data")
+    card.add_argument("--tags", nargs="+", help="further tags")
+    card.add_argument("--benchmark-task", help="enter the accuracy as a result of this task of a registered benchmark")
 
     push = verb(
         "push", _push, "push a run folder to the Hub",
@@ -294,7 +299,12 @@ def _card(options: argparse.Namespace, rest: list[str]) -> int:
     report = read_report(options.folder)
     if report is None:
         raise ValueError(f"{options.folder} holds no {FILE}; run `hf-adafocal evaluate` first.")
-    print(write_card(options.folder, report, repo_id=options.repo_id, license=options.license))
+    names = ("repo_id", "license", "language", "base_model", "datasets", "tags")
+    print(write_card(options.folder, report, **{name: getattr(options, name) for name in names}))
+    if options.benchmark_task:
+        from hf_adafocal.report.eval_results import write_eval_results
+
+        print(write_eval_results(options.folder, report, options.benchmark_task))
     return 0
 
 

@@ -13,6 +13,7 @@ _HOMES = {
     "save_report": "files",
     "weights_hash": "weights",
     "write_card": "card",
+    "write_eval_results": "eval_results",
 }
 
 __all__ = sorted(_HOMES)  # noqa: PLE0604
