@@ -162,7 +162,9 @@ def _columns(probabilities: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
         block = np.empty((min(_COLUMNS_COPIED, classes - start), size), dtype)
         for row in range(0, size, _ROWS_COPIED):
             part = probabilities[row : row + _ROWS_COPIED, start : start + _COLUMNS_COPIED]
-            np.clip(part.T, 0, 1, out=block[:, row : row + _ROWS_COPIED], dtype=dtype)
+            copied = block[:, row : row + _ROWS_COPIED]
+            np.clip(part.T, 0, 1, out=copied, dtype=dtype)
+            np.abs(copied, out=copied)  # no negative zeros
         for first in range(0, len(block), _COLUMNS_CUT):
             columns = block[first : first + _COLUMNS_CUT]
             yield slice(start + first, start + first + len(columns)), columns
@@ -175,13 +177,13 @@ def _cut_columns(columns: np.ndarray, position: np.ndarray) -> tuple[np.ndarray,
     cells hold the samples next to an edge; the samples of those few cells alone are sorted and compared.
 
     Args:
-        columns: Values in [0, 1] of k classes, shape `(k, N)`, float32 or float64.
+        columns: Values in [0, 1] of k classes, no negative zeros, shape `(k, N)`, float32 or float64.
         position: Fractional rank of each inner edge, shape `(num_bins - 1,)`.
     """
     (k, size), num_bins = columns.shape, len(position) + 1
     integer: type[np.signedinteger] = np.int32 if columns.dtype == np.float32 else np.int64
-    bits = np.asarray((columns + 0).view(integer))  # + 0: no negative zeros
-    bits -= bits.min(axis=1, keepdims=True)
+    bits = np.asarray(columns.view(integer))
+    bits = bits - bits.min(axis=1, keepdims=True)
     digits = max(4, min(_CELL_DIGITS, size.bit_length() - 4))
     bits >>= max(int(bits.max()).bit_length() - digits, 0)
     cells = 1 << digits
@@ -204,7 +206,7 @@ def _cut_columns(columns: np.ndarray, position: np.ndarray) -> tuple[np.ndarray,
     counts = np.bincount(index, np.where(mixed, 0, count).ravel(), k * num_bins).reshape(k, num_bins)
 
     edges = np.empty((k, num_bins - 1))
-    chosen = np.flatnonzero(mixed.ravel()[cell])
+    chosen = np.flatnonzero(mixed.ravel().take(cell))
     values = np.split(columns.ravel()[chosen], np.searchsorted(chosen, np.arange(size, k * size, size)))
     for of_class, (value, edge_cells) in enumerate(zip(values, at, strict=True)):
         value = np.sort(value).astype(np.float64)

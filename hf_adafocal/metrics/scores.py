@@ -20,7 +20,7 @@ from hf_adafocal.metrics.validation import as_multiclass, as_numbers, check_pair
 
 
 def softmax(logits: Any) -> np.ndarray:
-    """Compute the softmax of logits in float64, shape `(N, C)`.
+    """Compute the softmax of logits over the last axis, in float64, shape `(..., C)`.
 
     >>> softmax(np.array([[0.0, 0.0]]))
     array([[0.5, 0.5]])

@@ -90,6 +90,10 @@ class TestSoftmax:
     def test_huge_logits_do_not_overflow(self):
         assert softmax([[1e4, 0.0], [-1e4, -1e4]]).tolist() == [[1, 0], [0.5, 0.5]]
 
+    def test_the_last_axis_holds_the_classes(self):
+        assert softmax([0.0, 0.0]).tolist() == [0.5, 0.5]
+        assert softmax(np.zeros((2, 3, 4))).tolist() == np.full((2, 3, 4), 0.25).tolist()
+
     def test_it_is_computed_in_float64(self):
         assert softmax(np.zeros((2, 3), dtype=np.float16)).dtype == np.float64
 
