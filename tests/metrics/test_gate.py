@@ -161,6 +161,14 @@ class TestSamplesNeeded:
         needed = samples_needed([1.0], max_ece=0.03)
         assert 0.97 ** (needed * 0.9) > 0.025 > 0.97 ** (needed * 1.1)
 
+    def test_it_is_the_number_that_the_simulation_was_run_with(self):
+        assert samples_needed([0.99] * 9 + [0.55], max_ece=0.03) == 840  # model_cards/gate.md: 92 of 100 passed
+
+    def test_a_number_beyond_a_billion_is_none(self):
+        # about (1.28 * .6 + .8 + 1.96)^2 * .1875 / limit^2 for one bin
+        assert 5e8 < samples_needed([0.75], max_ece=5e-5) < 1e9
+        assert samples_needed([0.75], max_ece=4e-5) is None
+
     def test_no_number_suffices_for_a_limit_of_0(self):
         assert samples_needed([0.75], max_ece=0) is None
 
