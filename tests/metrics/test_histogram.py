@@ -508,3 +508,10 @@ class TestImport:
         code = "import sys, hf_adafocal.metrics.histogram; print(*sys.modules)"
         modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert not set(modules.split()) & {"torch", "transformers", "scipy", "sklearn"}
+
+
+def test_the_bound_of_adaptive_ece_counts_the_cells_on_both_sides_of_an_edge():
+    # five wrong samples in two bins: the edge lies between the third and the fourth, .3 and .4
+    found = CalibrationHistogram()
+    found.update([0.1, 0.2, 0.3, 0.4, 0.5], [0, 0, 0, 0, 0])
+    assert found.adaptive_calibration_error_bound(2) == pytest.approx(2 / 5 * (0.3 + 0.4), abs=1e-4)
