@@ -73,6 +73,8 @@ def local_hub(monkeypatch, tmp_path):
     for module in (_http, importlib.import_module("hf_adafocal.hub.client")):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=hub.waits.append))
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # transformers keeps one client, which remembers the address that was in force when it was made
+    monkeypatch.setattr("transformers.utils.hub._hf_api", None, raising=False)
     huggingface_hub.close_session()
     yield hub
     huggingface_hub.close_session()

@@ -1,6 +1,7 @@
 """Class weights and the sum over samples, whatever the micro-batches and processes of an optimizer step."""
 
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -88,6 +89,7 @@ class TestClassWeights:
         labels = [[0, 0, 1, -100]] * 3 + [[0, -100, -100, -100]] * 3  # 9 of class 0, 3 of class 1, none of class 2
         data = Dataset.from_dict({"input_ids": rows, "labels": labels})
         model = type("Tagger", (torch.nn.Module,), {"forward": lambda self, input_ids, labels=None: None})()
+        model.config = SimpleNamespace(num_labels=3)
         run = tiny.trainer(
             tmp_path, model, train_dataset=data, eval_dataset=data, class_weights="balanced", split_overlap="skip"
         )
