@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from accelerate.utils import broadcast_object_list
 from transformers import Trainer
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.utils import logging
 
 from hf_adafocal.data.fingerprint import Fingerprint
@@ -103,6 +104,12 @@ def card_options(trainer: "AdaFocalTrainer", *args: Any, **kwargs: Any) -> dict[
     names |= {name: name for name in ("language", "license", "tags")}
     options = {ours: given[theirs] for theirs, ours in names.items() if given.get(theirs)}
     return {"repo_id": trainer.hub_model_id, **options}
+
+
+def tensorboard_writer_of(trainer: "AdaFocalTrainer") -> Any:
+    """The TensorBoard writer of a run; None if it has none."""
+    callbacks = trainer.callback_handler.callbacks
+    return next((found.tb_writer for found in callbacks if isinstance(found, TensorBoardCallback)), None)
 
 
 def _measured_set(trainer: "AdaFocalTrainer", test_dataset: Any) -> tuple[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
@@ -47,6 +46,7 @@ from hf_adafocal.training.run_report import (
     pictures_of,
     report_of,
     save_with_weights,
+    tensorboard_writer_of,
 )
 from hf_adafocal.training.sample_rows import mean_nll
 from hf_adafocal.training.smoothing_control import measure_slice
@@ -146,7 +146,7 @@ class AdaFocalTrainer(RecordingTrainer):
         self.add_callback(self.adaptive_callback or SaveAfterEvaluation())
         if set(TRACKERS) & set(self.args.report_to or ()):
             drawn = partial(pictures_of, self), partial(adaptation_pictures_of, self)
-            self.add_callback(PictureCallback(*drawn, self._tensorboard_writer))
+            self.add_callback(PictureCallback(*drawn, partial(tensorboard_writer_of, self)))
 
     @property
     def calibration_dataset(self) -> Any:
@@ -339,9 +339,6 @@ class AdaFocalTrainer(RecordingTrainer):
 
         Returns:
             The report, on every process; the main process writes it.
-
-        Raises:
-            ValueError: If there is no set to measure.
         """
         report = report_of(self, test_dataset, **{"weights": weights_hash(self.network), **facts})
         save_with_weights(self, report)
@@ -363,17 +360,12 @@ class AdaFocalTrainer(RecordingTrainer):
         else:
             write_card(self.folder, report, **card_options(self, *args, **kwargs))
 
-    def _tensorboard_writer(self) -> Any:
-        callbacks = self.callback_handler.callbacks
-        return next((found.tb_writer for found in callbacks if isinstance(found, TensorBoardCallback)), None)
-
     # Hyper-parameter search ------------------------------------------------------------------------------------------
 
     def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
         """As `Trainer.hyperparameter_search`; each trial starts from the loss that its own arguments describe.
 
-        Without `compute_objective` the objective is what the stock Trainer's would be: the evaluation loss (the NLL),
-        or the sum of what your `compute_metrics` returns. The metrics that this class adds are not added to it.
+        Without `compute_objective` it is the evaluation loss (the NLL), or the sum of what `compute_metrics` returns.
 
         Raises:
             ValueError: If a trial changes the loss to one that adapts in another way: take a trainer for each.
