@@ -32,7 +32,7 @@ from hf_adafocal.metrics.scores import (
 )
 from hf_adafocal.metrics.selective import area_under_risk_coverage
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def of_top_label(metric):
