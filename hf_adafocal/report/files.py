@@ -63,7 +63,7 @@ def add_baselines(runs: Mapping[str, Sequence[Path]], baseline: str = "cross_ent
     """Put the results of a baseline beside those of the other runs of its seed, in their reports and cards.
 
     Args:
-        runs: For each loss its run folders, one a seed, in one order of seeds.
+        runs: For each loss its run folders, one per seed, in one order of seeds.
         baseline: The loss the others are compared with, raw and temperature scaled.
     """
     for loss, folders in runs.items():
