@@ -183,6 +183,7 @@ def _parser() -> argparse.ArgumentParser:
     push.add_argument(
         "--include", nargs="+", default=(), metavar="PATTERN", help="push further files, such as '*.onnx', too"
     )
+    push.add_argument("--license", help="licence of the checkpoint, as the Hub spells it (apache-2.0, cc-by-4.0, ...)")
     push.add_argument("--include-training-state", action="store_true", help="optimizer state and event files too")
 
     space = verb(
@@ -276,6 +277,7 @@ def _measure(
         batch_size=options.batch_size,
         split_overlap=options.split_overlap,
         predictions=predictions,
+        folder=output,
     )
     save_report(output, report)
     print(report_table(report))
@@ -318,6 +320,7 @@ def _push(options: argparse.Namespace, rest: list[str]) -> int:
         revision=options.revision,
         include=options.include,
         include_training_state=options.include_training_state,
+        license=options.license,
     )
     for path, reason in pushed.left_out.items():
         print(f"left out {path}: {reason}")

@@ -25,10 +25,13 @@ from hf_adafocal.checkpoint_files import (
     read_json,
 )
 
+REPORT = "report.json"
 PICTURES = ("reliability.png", "gamma.png", "smoothing.png")
+EXAMPLE = "example.png"  # an input that the card shows
+ABOUT_WEIGHTS = (REPORT, *PICTURES, EXAMPLE)
 # Pattern of a path, a `*` within one folder, and what the file must hold.
 _ALLOWED = (
-    *((name, "json") for name in ("config.json", "generation_config.json", "adapter_config.json", "report.json")),
+    *((name, "json") for name in ("config.json", "generation_config.json", "adapter_config.json", REPORT)),
     *((f"{name}_config.json", "json") for name in ("preprocessor", "processor", "video_preprocessor", "tokenizer")),
     *((name, "json") for name in ("tokenizer.json", "vocab.json", "special_tokens_map.json", "added_tokens.json")),
     *((name, "json") for name in ("chat_template.json", "entity_vocab.json", "normalizer.json")),
@@ -36,7 +39,7 @@ _ALLOWED = (
     *((name, "sentencepiece") for name in ("spiece.model", "tokenizer.model", "spm.model", "sentencepiece*.model")),
     *((name, "text") for name in ("README.md", "LICENSE", "LICENSE.*", "NOTICE", "NOTICE.*", "CITATION.cff")),
     ("additional_chat_templates/*.jinja", "text"),
-    *((name, "picture") for name in PICTURES),
+    *((name, "picture") for name in ABOUT_WEIGHTS[1:]),
     *((f".eval_results/*.{suffix}", "yaml") for suffix in ("yaml", "yml")),
     *(("*/adapter_config.json", "json"), ("*/adapter_model.safetensors", "safetensors")),
 )
@@ -62,7 +65,9 @@ class Selection(NamedTuple):
     left_out: dict[str, str]
 
 
-def select_files(folder: str | Path, *, include: Sequence[str] = (), training_state: bool = False) -> Selection:
+def select_files(
+    folder: str | Path, *, include: Sequence[str] = (), exclude: Sequence[str] = (), training_state: bool = False
+) -> Selection:
     """Choose the files of a run folder that may be uploaded, and say of each other one why it may not.
 
     Allowed are weights in safetensors, configurations, tokenizer and processor, the Python modules that `auto_map`
@@ -73,6 +78,7 @@ def select_files(folder: str | Path, *, include: Sequence[str] = (), training_st
         folder: A run folder.
         include: Patterns of further files, matched with the path in the folder and with the name, as the shell does:
             `*.onnx`, `onnx/*`. Pickles under a name that does not say so, and links that lead outside, stay.
+        exclude: Patterns of files to leave out unread, matched likewise.
         training_state: Allow the Trainer's state too: optimizer, scheduler and random states, `checkpoint-*` folders,
             event files. These hold pickles.
 
@@ -97,7 +103,8 @@ def select_files(folder: str | Path, *, include: Sequence[str] = (), training_st
     for path, source in _entries(folder):
         patterns = [pattern for pattern in include if _is_named_by(path, pattern)]
         matched.update(patterns)
-        reason = _obstacle(folder, source)
+        reason = "not asked for" if any(_is_named_by(path, pattern) for pattern in exclude) else None
+        reason = reason or _obstacle(folder, source)
         if reason is None:
             kind: str | None = named.get(path) or _kind(path, training_state)
             if kind is None and patterns and (source.suffix.lower() in PICKLE_SUFFIXES or not is_pickle(source)):
@@ -116,6 +123,19 @@ def select_files(folder: str | Path, *, include: Sequence[str] = (), training_st
             f"No file of {folder} matches {', '.join(map(repr, unmatched))}. Check the patterns to include."
         )
     return selection
+
+
+def describes_weights(path: str) -> bool:
+    """Whether a file of a repository is part of its weights or about them.
+
+    One that an earlier upload left there must go with the next: loaders would find it by its name in place of the new
+    weights, or it would show results of weights that are gone.
+
+    Example:
+        >>> [describes_weights(path) for path in ("model.safetensors", "report.json", "teacher.safetensors")]
+        [True, True, False]
+    """
+    return "/" not in path and (is_weights(path) or path in ("adapter_config.json", *ABOUT_WEIGHTS))
 
 
 def custom_code(folder: str | Path) -> list[str]:

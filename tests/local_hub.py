@@ -64,7 +64,7 @@ class Commit:
 
 @dataclass
 class Repository:
-    """A model or a Space."""
+    """A model, a Space or a data set."""
 
     kind: str
     private: bool
@@ -129,7 +129,7 @@ class LocalHub:
     Attributes:
         endpoint: Its address, for `HF_ENDPOINT`.
         users: Whom each token belongs to. The token "hf_writer" is that of the user `me`, who may write.
-        repositories: By kind ("model" or "space") and id.
+        repositories: By kind ("model", "space", "dataset") and id.
         requests: `(method, path, status or None if cut, token or None)` of every request, in order.
     """
 
@@ -164,6 +164,12 @@ class LocalHub:
 
     def space(self, repo_id: str) -> Repository:
         return self.repositories["space", repo_id]
+
+    def add_dataset(self, repo_id: str, files: dict[str, str], private: bool = False) -> str:
+        """Put a data set there; returns its revision."""
+        repository = self.repositories["dataset", repo_id] = Repository("dataset", private)
+        content = {path: File(text.encode(), lfs=False) for path, text in files.items()}
+        return repository.add_commit("main", "data", content).oid
 
     def fail(self, pattern: str, status: int, *, method="*", times=1, headers=None, body=b'{"error": "no"}') -> None:
         """Answer the next `times` requests whose path contains `pattern` with an error."""
@@ -318,6 +324,9 @@ class _Handler(BaseHTTPRequestHandler):
         commit = self.commit_at(repository, revision)
         siblings = [{"rfilename": path} for path in sorted(commit.files)]
         answer = {"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
+        readme = commit.files.get("README.md")
+        front_matter = re.match(r"---\n(.*?)\n---\n", readme.content.decode(), flags=re.DOTALL) if readme else None
+        answer |= {"gated": False, "cardData": yaml.safe_load(front_matter[1]) if front_matter else {}}
         return answer | ({"modelId": repo_id} if kind == "model" else {"sdk": repository.sdk})
 
     def tree(self, _body, kind, repo_id, revision, folder=""):
@@ -531,7 +540,7 @@ def metadata_errors(content: str, kind: str) -> list[str]:
 
 
 _REPO = r"(?P<repo_id>[\w.-]+/[\w.-]+)"
-_API = rf"/api/(?P<kind>model|space)s/{_REPO}"
+_API = rf"/api/(?P<kind>model|space|dataset)s/{_REPO}"
 ROUTES = (
     ("GET", "/api/whoami-v2", _Handler.whoami),
     ("POST", "/api/repos/create", _Handler.create),
@@ -545,5 +554,5 @@ ROUTES = (
     ("POST", rf"/((?P<kind>spaces)/)?{_REPO}\.git/info/lfs/objects/batch", _Handler.batch),
     ("PUT", r"/_storage/(?P<oid>[0-9a-f]{64})", _Handler.store),
     ("POST", rf"/_verify/(?P<kind>model|space)/{_REPO}", _Handler.verify),
-    ("GET HEAD", rf"/((?P<kind>spaces)/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
+    ("GET HEAD", rf"/((?P<kind>spaces|datasets)/)?{_REPO}/resolve/(?P<revision>[^/]+)/(?P<path>.+)", _Handler.resolve),
 )

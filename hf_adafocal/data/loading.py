@@ -19,6 +19,7 @@ logger = logging.get_logger(__name__)
 
 BUILT_IN = ("digits",)
 HUB_IDS = {"20_newsgroups": "SetFit/20_newsgroups", "cifar10": "uoft-cs/cifar10"}
+LANGUAGES = {"20_newsgroups": "en"}  # of texts
 NOISE = "noise"
 NOISE_DEVIATION = 0.1  # of Gaussian noise on pixels in [0, 1], as the fifth severity of CIFAR-10-C
 

@@ -7,15 +7,19 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from hf_adafocal.checkpoint_files import is_weights
 from hf_adafocal.hub.client import PushResult, checked_token, push_files
-from hf_adafocal.report.card import PICTURES, START, write_card
+from hf_adafocal.report.atomic import write_atomically
+from hf_adafocal.report.card import CARD, PICTURES, START, names_license, with_license, write_card
 from hf_adafocal.report.files import FILE, read_report
+from hf_adafocal.report.hub_card import card_without_report
 from hf_adafocal.report.schema import Report
+from hf_adafocal.report.tables import escape
 from hf_adafocal.report.weights import weights_hash
-from hf_adafocal.upload_selection import Selection, select_files
+from hf_adafocal.upload_selection import EXAMPLE, Selection, describes_weights, select_files
 
 logger = logging.get_logger(__name__)
 
@@ -28,6 +32,7 @@ def push_run(
     revision: str | None = None,
     include: Sequence[str] = (),
     include_training_state: bool = False,
+    license: str | None = None,
     message: str = "Push a run with hf-adafocal",
 ) -> PushResult:
     """Push the folder of a run as a model: weights, configuration, tokenizer or processor, card, report, pictures.
@@ -51,6 +56,8 @@ def push_run(
         revision: Branch to push to, created from `main` if there is none of that name; `main` if left out.
         include: Patterns of further files to push, such as `*.onnx`.
         include_training_state: Push what is needed to go on training, too.
+        license: Licence of the checkpoint, as the Hub spells it; written into the folder's own card too. If the card
+            names none a warning asks for one.
         message: First line of the commit message.
 
     Returns:
@@ -62,16 +69,22 @@ def push_run(
         PushError: If the Hub cannot be reached or refuses, or `private` is asked of a public repository.
     """
     folder = Path(folder)
+    if license is not None:
+        _write_license(folder, license)
     selection = select_files(folder, include=include, training_state=include_training_state)
     _check_checkpoint(folder, selection)
-    if "README.md" not in selection.files:
+    if CARD not in selection.files:
         logger.warning(f"{folder} holds no README.md, so the repository {repo_id} gets no model card from this push.")
+    elif not names_license(selection.files[CARD].read_text(encoding="utf-8")):
+        logger.warning("The model card names no licence. Choose one, as in `hf-adafocal push --license apache-2.0`.")
     _check_for_token(selection.files)
     report = _checked_report(folder, selection.files)
     _check_local_paths(folder, selection.files)
 
     def files(full_id: str) -> dict[str, Path | bytes]:
-        card = {} if report is None else {"README.md": _card_of_repository(folder, report, full_id)}
+        if CARD not in selection.files:
+            return {**selection.files, **card_without_report(HfApi(token=True), repo_id=full_id, revision=revision)}
+        card = {} if report is None else {CARD: _card_of_repository(folder, report, full_id)}
         return {**selection.files, **card}
 
     result = push_files(
@@ -80,17 +93,12 @@ def push_run(
         private=private,
         revision=revision,
         message=message,
-        replaces=_is_looked_up,
+        replaces=describes_weights,
     )
     if selection.left_out:
         reasons = ", ".join(f"{path} ({reason})" for path, reason in selection.left_out.items())
         logger.info(f"Not pushed: {reasons}.")
     return replace(result, left_out=selection.left_out)
-
-
-def _is_looked_up(path: str) -> bool:
-    """Whether `from_pretrained` finds a file by its name, so that one of an earlier push would replace the new."""
-    return "/" not in path and (is_weights(path) or path == "adapter_config.json")
 
 
 def _check_checkpoint(folder: Path, selection: Selection) -> None:
@@ -136,12 +144,17 @@ def _checked_report(folder: Path, files: Mapping[str, Path]) -> Report | None:
         ValueError: If there is a report of other weights, or a card that shows one that is missing.
     """
     report = read_report(folder) if FILE in files else None
-    shown = "README.md" in files and START in files["README.md"].read_text(encoding="utf-8")
+    shown = CARD in files and START in files[CARD].read_text(encoding="utf-8")
     advice = "Measure these weights with `hf-adafocal evaluate`, or delete the report"
-    if report is not None and report.weights not in (None, weights_hash(folder)):
-        raise ValueError(f"{folder / FILE} describes other weights than those beside it. {advice} and its card.")
+    if report is not None and report.weights != weights_hash(folder):
+        found = (
+            "does not say which weights it describes"
+            if report.weights is None
+            else ("describes other weights than those beside it")
+        )
+        raise ValueError(f"{folder / FILE} {found}. {advice} and its card.")
     if shown and report is None:
-        raise ValueError(f"{folder / 'README.md'} shows a calibration report, but {FILE} is missing. {advice} in it.")
+        raise ValueError(f"{folder / CARD} shows a calibration report, but {FILE} is missing. {advice} in it.")
     return report if shown else None
 
 
@@ -151,10 +164,16 @@ def _card_of_repository(folder: Path, report: Report, repo_id: str) -> bytes:
         copy = Path(parent) / folder.resolve().name
         copy.mkdir()
         for path in folder.iterdir():
-            if path.name in ("README.md", "config.json", *PICTURES) or path.suffix == ".py":
+            if path.name in (CARD, "config.json", *PICTURES, EXAMPLE) or path.suffix == ".py":
                 shutil.copyfile(path, copy / path.name)
         write_card(copy, report, repo_id=repo_id)
-        return (copy / "README.md").read_bytes()
+        return (copy / CARD).read_bytes()
+
+
+def _write_license(folder: Path, license: str) -> None:
+    path = folder / CARD
+    existing = path.read_text(encoding="utf-8") if path.is_file() else f"# {escape(folder.resolve().name)}\n"
+    write_atomically(path, with_license(existing, license))
 
 
 def _check_local_paths(folder: Path, files: Mapping[str, Path]) -> None:

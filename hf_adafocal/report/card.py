@@ -5,6 +5,7 @@ around the block, and every other key and result, stays.
 """
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from importlib.resources import files
@@ -17,12 +18,15 @@ from jinja2 import Environment, StrictUndefined
 
 from hf_adafocal.report import card_text
 from hf_adafocal.report.atomic import write_atomically
+from hf_adafocal.report.card_text import has_names
 from hf_adafocal.report.facts import DataSource
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.stock_card import is_stock, without_stock
 from hf_adafocal.report.tables import METRICS, escape
 from hf_adafocal.report.weights import weights_hash
+from hf_adafocal.upload_selection import EXAMPLE
 
+CARD = "README.md"
 START = "<!-- calibration report of hf-adafocal: the text down to its end marker is replaced by the next one -->"
 END = "<!-- end of the calibration report of hf-adafocal -->"
 PICTURES = {
@@ -31,6 +35,7 @@ PICTURES = {
     "smoothing.png": "Smoothing of the labels over training",
 }
 HUB_METRICS = {key: "brier_score" if key == "brier" else key for key in METRICS}  # `metric_type` on the Hub
+MOST_LABELS = 100  # in the metadata
 SOURCE = ("hf-adafocal", "https://github.com/hf-adafocal/hf_adafocal")  # of the results that the card owns
 
 
@@ -51,10 +56,12 @@ def write_card(folder: str | Path, report: Report, **options: Any) -> Path:
     """
     folder = Path(folder)
     check_current(folder, report)
-    path = folder / "README.md"
+    path = folder / CARD
     existing = path.read_text(encoding="utf-8", errors="surrogateescape") if path.exists() else None
-    pictures = [name for name in PICTURES if (folder / name).exists()]
+    pictures = [name for name in (*PICTURES, EXAMPLE) if (folder / name).exists()]
     facts = replace(report, model=replace(report.model, custom_code=report.model.custom_code or _has_code(folder)))
+    if EXAMPLE not in pictures:
+        facts = replace(facts, examples=tuple(found for found in report.examples if found["input"] != EXAMPLE))
     options = {"name": folder.resolve().name, **options}
     write_atomically(path, model_card(facts, existing=existing, pictures=pictures, **options))
     return path
@@ -98,7 +105,7 @@ def model_card(
         repo_id: Where the checkpoint is going to live, for the example; else the name.
         existing: Text of the card there is. A block of ours in it is replaced, what the Trainer generated is removed;
             a card that a person wrote gets the block at its end.
-        pictures: Names of `PICTURES` that lie beside the card.
+        pictures: Names of `PICTURES`, and of the example, that lie beside the card.
         license: Licence of the checkpoint, as the Hub spells it.
         language: Language of the data, as the Hub codes it, where the report does not tell.
         tags: Further tags.
@@ -122,8 +129,8 @@ def model_card(
     block = f"{START}\n\n{_block(report, repo_id or name, pictures)}\n\n{END}"
     text = without_stock(card.text)
     if START in text and END in text:
-        before, rest = text.split(START, 1)
-        text = before + block + rest.rsplit(END, 1)[1]
+        before, after = _around(text)
+        text = before + block + after
     elif stock:
         title, _, rest = text.lstrip().partition("\n")
         if not title.startswith("# "):
@@ -131,7 +138,77 @@ def model_card(
         text = f"{title}\n\n{block}\n" + (f"\n{rest.strip()}\n" if rest.strip() else "")
     else:
         text = f"{text.rstrip()}\n\n{block}\n"
-    return f"---\n{card.data.to_yaml().strip()}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
+    return _assembled(data, text)
+
+
+def without_report(existing: str) -> str:
+    r"""The text of a card without calibration report and results, for weights that nobody has measured.
+
+    What a person wrote stays; what the Trainer generated goes, too.
+
+    Args:
+        existing: Text of the card.
+
+    Raises:
+        ValueError: If its metadata cannot be read.
+
+    >>> print(without_report(f"---\nlicense: mit\n---\n# Mine\n\n{START}\nECE 3.1 %\n{END}\n"))
+    ---
+    license: mit
+    ---
+    <BLANKLINE>
+    # Mine
+    <BLANKLINE>
+    """
+    card = _parsed(existing)
+    data, stock, text = cast(ModelCardData, card.data), is_stock(card.text), without_stock(card.text)
+    data.eval_results = _results_of_others(data, stock) or None
+    if data.eval_results is None:
+        data.model_name = None  # it belongs to the results
+    if START in text and END in text:
+        text = "\n\n".join(part.strip() for part in _around(text)).rstrip() + "\n"
+    return _assembled(data, text)
+
+
+def with_license(existing: str, license: str) -> str:
+    r"""The text of a card with another licence in its metadata.
+
+    >>> print(with_license("# Mine\n", "mit"))
+    ---
+    license: mit
+    ---
+    <BLANKLINE>
+    # Mine
+    <BLANKLINE>
+    """
+    card = _parsed(existing if existing.startswith("---") else f"---\n{{}}\n---\n\n{existing}")
+    cast(ModelCardData, card.data).license = license
+    return _assembled(card.data, card.text)
+
+
+def names_license(existing: str) -> bool:
+    """Whether the metadata of a card name a licence."""
+    front_matter = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", existing, flags=re.DOTALL)
+    return front_matter is not None and re.search(r"(?m)^license:\s*\S", front_matter[1]) is not None
+
+
+def _around(text: str) -> tuple[str, str]:
+    """The text before and after our block."""
+    before, rest = text.split(START, 1)
+    return before, rest.rsplit(END, 1)[1]
+
+
+def _assembled(data: Any, text: str) -> str:
+    return f"---\n{data.to_yaml().strip()}\n---\n{text if text.startswith(chr(10)) else chr(10) + text}"
+
+
+def _results_of_others(data: ModelCardData, stock: bool) -> list[EvalResult]:
+    """Results that neither this package nor the Trainer measured: those of weights that may be gone."""
+    return [
+        result
+        for result in data.eval_results or []
+        if result.source_name != SOURCE[0] and not (stock and result.source_name is None)
+    ]
 
 
 def _parsed(text: str) -> ModelCard:
@@ -155,14 +232,14 @@ def _merge_metadata(data: ModelCardData, report: Report, name: str, stock: bool)
     widget = _widget(report)
     if widget and not data.get("widget"):
         data["widget"] = widget
+    if has_names(model.labels) and len(model.labels) <= MOST_LABELS:
+        data["labels"] = [" ".join(label.split()) for label in model.labels]
     ours = _results(report)
     measured = {(result.dataset_type, result.dataset_split, result.metric_type) for result in ours}
     kept = [
         result
-        for result in data.eval_results or []
-        if result.source_name != SOURCE[0]
-        and (result.dataset_type, result.dataset_split, result.metric_type) not in measured
-        and not (stock and result.source_name is None)  # the Trainer's, of weights that are gone
+        for result in _results_of_others(data, stock)
+        if (result.dataset_type, result.dataset_split, result.metric_type) not in measured
     ]
     data.eval_results = kept + ours or None
     data.metrics = _union(data.metrics, [result.metric_type for result in ours]) or None
@@ -202,7 +279,7 @@ def _block(report: Report, repo_id: str, pictures: Sequence[str]) -> str:
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     template = environment.from_string(files("hf_adafocal.report").joinpath("card_template.md").read_text("utf-8"))
     main, others = card_text.tables(report)
-    values, adapted = report.metrics, next((name for name in pictures if name != "reliability.png"), None)
+    values, adapted = report.metrics, next((name for name in pictures if name in card_text.ADAPTATION), None)
     overlap = card_text.overlap_sentences(report)
     dropped = [sentence for sentence in overlap if "were dropped" in sentence]
     limits = [card_text.reuse_sentence(report), *(sentence for sentence in overlap if sentence not in dropped)]
@@ -221,6 +298,7 @@ def _block(report: Report, repo_id: str, pictures: Sequence[str]) -> str:
         num_bins=int(values["num_bins"]),
         split=escape(report.test.split),
         resamples=bool(report.test.intervals),
+        example=EXAMPLE if EXAMPLE in pictures and report.examples else None,
         reliability=("100%" if len(report.test.rows()) > 1 else "55%") if "reliability.png" in pictures else None,
         adaptation=card_text.adaptation_sentence(report),
         loss=card_text.loss_name(report),
@@ -231,6 +309,7 @@ def _block(report: Report, repo_id: str, pictures: Sequence[str]) -> str:
         adapted_picture=adapted,
         adapted_alt=PICTURES.get(adapted or "", ""),
         limits=list(filter(None, limits)),
+        weights=report.weights,
         versions=", ".join(f"{escape(library)} {escape(v)}" for library, v in report.versions.items()),
     ).strip()
 

@@ -5,12 +5,16 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from huggingface_hub import constants
+
 from hf_adafocal.report.schema import RAW, SCALED, Report
 from hf_adafocal.report.tables import METRICS, escape, report_table, scores_titles
+from hf_adafocal.upload_selection import EXAMPLE
 
 MAIN = ("accuracy", "nll", "ece", "ada_ece")
 LEAST_IN_A_BIN = 20  # samples; below, the largest gap of a bin (MCE) is noise
 SHOWN_LABELS = 12
+ADAPTATION = ("gamma.png", "smoothing.png")  # pictures of how the loss adapted
 LOSS_NAMES = {
     "adafocal": "AdaFocal",
     "cross_entropy": "cross-entropy",
@@ -45,9 +49,8 @@ def what_it_does(report: Report) -> str:
     """Task, classes, origin and data in one or two sentences."""
     title, _ = _DOES.get(report.model.task or "", ("Classifier", "sample"))
     labels = report.model.labels
-    named = labels and not all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
     classes = f" with {len(labels)} classes" if labels else ""
-    if named:
+    if has_names(labels):
         shown = [escape(label) for label in labels[:SHOWN_LABELS]]
         more = len(labels) - len(shown)
         classes += f": {', '.join(shown)}" + (f" and {more} more" if more else "")
@@ -68,6 +71,15 @@ def what_it_does(report: Report) -> str:
     if report.evaluated_on and report.evaluated_on != report.trained_on:
         text += f" Evaluated on {_data(report.evaluated_on)}."
     return text
+
+
+def has_names(labels: Sequence[str]) -> bool:
+    """Whether classes have names of their own.
+
+    >>> has_names(["LABEL_0", "LABEL_1"])
+    False
+    """
+    return bool(labels) and not all(re.fullmatch(r"LABEL_\d+", label) for label in labels)
 
 
 def how_good(report: Report) -> str:
@@ -224,11 +236,10 @@ def snippet(report: Report, repo_id: str) -> dict[str, Any]:
     image = task.startswith(("image", "video"))
     example = report.examples[0] if report.examples else {}
     given = example.get("input", "image.png" if image else "audio.wav" if "audio" in task else "Some text.")
+    if given == EXAMPLE and "/" in repo_id:
+        given = f"{constants.ENDPOINT}/{repo_id}/resolve/main/{EXAMPLE}"
     packages = ["transformers", "torch"] + (["torchvision"] if image else [])
     packages += ["timm"] if report.model.architecture.startswith("Timm") else []
-    scores: Mapping[str, float] = example.get("scores", {})
-    printed = [_harmless(str({"label": label, "score": round(score, 3)})) for label, score in scores.items()]
-    printed = printed[: 1 if task.startswith("text") else 5]  # as many as the pipeline returns
     lines: Sequence[str]
     if report.model.adapter:
         packages.append("peft")
@@ -252,11 +263,12 @@ def snippet(report: Report, repo_id: str) -> dict[str, Any]:
             "",
             f"classify = pipeline({code(task)}, model={code(repo_id)}{trust})",
         ]
-    return {
-        "packages": " ".join(packages),
-        "lines": [*lines, f"print(classify({code(given)}))"],
-        "printed": "# [" + ",\n#  ".join(printed) + "]" if printed else "",
-    }
+    if task not in ("text-classification", "image-classification", "audio-classification"):
+        return {"packages": " ".join(packages), "lines": [*lines, f"print(classify({code(given)}))"], "printed": []}
+    scores: Mapping[str, float] = example.get("scores", {})
+    printed = [_harmless(f"# {' '.join(label.split())}: {score:.3f}") for label, score in scores.items()]
+    call = [f"for found in classify({code(given)}):", """    print(f"{found['label']}: {found['score']:.3f}")"""]
+    return {"packages": " ".join(packages), "lines": [*lines, *call], "printed": printed}
 
 
 def _data(source: Any) -> str:

@@ -222,7 +222,8 @@ def build_report(
         baselines: Metrics of other models on the same split, by title.
         seed: Seed of the run.
         training: Epochs, batch size, learning rate, runtime and other JSON values.
-        examples: Inputs to show: `{"input": text or name of a file in the folder, "scores": {label: score}}`.
+        examples: Inputs to show: `{"input": text, or "example.png" in the folder, "scores": {label: score}}`, in the
+            order in which a pipeline returns the scores.
 
     Returns:
         The report, checked as one that is read.

@@ -11,13 +11,14 @@ from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 
 from hf_adafocal.data.fingerprint import Fingerprint
-from hf_adafocal.data.loading import HUB_IDS
+from hf_adafocal.data.loading import HUB_IDS, LANGUAGES
 from hf_adafocal.data.overlap import check_splits
 from hf_adafocal.metrics.scores import softmax
 from hf_adafocal.report.facts import describe_model
 from hf_adafocal.report.files import read_report
 from hf_adafocal.report.schema import Report, build_report
 from hf_adafocal.report.weights import weights_hash
+from hf_adafocal.runs.examples import make_examples
 from hf_adafocal.runs.run_record import published
 from hf_adafocal.runs.tasks import Prepared, Task
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
@@ -55,11 +56,12 @@ def evaluate_checkpoint(
     batch_size: int = 64,
     split_overlap: str = "error",
     predictions: str | Path | None = None,
+    folder: str | Path | None = None,
 ) -> Report:
     """Measure a checkpoint on the test split of a data set, as it is and with a temperature.
 
     Of a checkpoint with a folded scaling, "raw" is what it was before and "temperature_scaled" is what it gives now.
-    Nothing is written but `predictions`; `report.files.save_report` writes the report.
+    Nothing is written but `predictions` and the example; `report.files.save_report` writes the report.
 
     Args:
         task: With `model_name_or_path`, any local or Hub checkpoint with a classifier.
@@ -69,6 +71,7 @@ def evaluate_checkpoint(
         split_overlap: What to do if calibration and test share rows: "error", "warn" or "skip".
         predictions: File for the probabilities and labels of the test split, as `hf-adafocal gate` reads them;
             `.parquet` or `.npz`.
+        folder: Of the report; with it the card gets an example, whose image is written there.
 
     Returns:
         The report; what the checkpoint's own report says of its training is kept.
@@ -111,6 +114,10 @@ def evaluate_checkpoint(
         }
         sizes = {**{role: part for role, part in before.splits.items() if role == "train"}, **sizes}
         facts = replace(facts, base_model=before.model.base_model)
+    if not known.get("language"):
+        known["language"] = LANGUAGES.get(task.dataset)
+    if folder is not None:
+        known["examples"] = make_examples(task, found.prepared, found.model, folder)
     order = class_order(found.model.config, found.prepared.splits.label_names)
     report = build_report(
         found.test,

@@ -5,16 +5,19 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from hf_adafocal.data.loading import HUB_IDS
+from hf_adafocal.data.loading import HUB_IDS, LANGUAGES
 from hf_adafocal.data.overlap import SplitCheck, drop_overlap
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.tables import report_table
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs import run_record
 from hf_adafocal.runs.arguments import parse_arguments
+from hf_adafocal.runs.examples import make_examples
 from hf_adafocal.runs.tasks import Prepared, Task
+from hf_adafocal.scaling.folding import load_classifier
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 from hf_adafocal.training.trainer import AdaFocalTrainer
 
@@ -74,9 +77,12 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
         data_collator=prepared.data_collator,
     )
     outcome = trainer.train(resume_from_checkpoint=_resume_from(args.resume_from_checkpoint))
-    trainer.save_model()
+    trainer.save_model(_internal_call=True)  # it is uploaded with its report, and once
     trainer.save_state()
     dataset = HUB_IDS.get(task.dataset, task.dataset)
+    (examples,) = broadcast_object_list(
+        [make_examples(task, prepared, load_classifier(folder), folder) if trainer.is_world_process_zero() else ()]
+    )
     parts = {"train": train_split, "calibration": splits.calibration, "test": splits.test}
     report = trainer.write_report(
         splits.test,
@@ -84,6 +90,8 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
         weights=weights_hash(folder),
         trained_on=dataset,
         evaluated_on=dataset,
+        language=LANGUAGES.get(task.dataset),
+        examples=examples,
         splits={
             role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
             for role, part in parts.items()
@@ -93,6 +101,8 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
     )
     if trainer.is_world_process_zero():
         run_record.RunRecord.of(task, args).save(folder)
+    if args.push_to_hub:
+        trainer.push_to_hub()
     return report
 
 

@@ -1,7 +1,7 @@
 """Tasks to fine-tune on, described by command-line arguments: data, model and data collator."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, NamedTuple
 
@@ -34,12 +34,14 @@ class Prepared(NamedTuple):
         model_init: Builds the model; fresh weights depend on torch's seed.
         processing_class: Tokenizer or image processor, saved with the checkpoint.
         data_collator: Makes batches.
+        example: A raw input of the test split; None if none is fit to be shown.
     """
 
     splits: Splits
     model_init: Callable[[], PreTrainedModel]
     processing_class: Any
     data_collator: Callable
+    example: Any = None
 
 
 @dataclass
@@ -164,7 +166,8 @@ class TextTask(Task):
                 )
 
         encoded = encode_texts(splits, tokenizer, self.max_length, config=config)
-        return Prepared(encoded, model_init, tokenizer, DataCollatorWithPadding(tokenizer))
+        example = None if "text_pair" in splits.test.column_names else short_text(splits.test["text"])
+        return Prepared(encoded, model_init, tokenizer, DataCollatorWithPadding(tokenizer), example)
 
 
 @dataclass
@@ -238,7 +241,17 @@ class ImageTask(Task):
         encoded = encode_images(
             splits, processor, random_shift=self.random_shift, horizontal_flip=self.horizontal_flip
         )
-        return Prepared(encoded, model_init, processor, DefaultDataCollator())
+        return Prepared(encoded, model_init, processor, DefaultDataCollator(), splits.test[0]["image"])
+
+
+def short_text(texts: Iterable[str], shortest: int = 20, longest: int = 200) -> str | None:
+    r"""Return the first text of a length that can be shown, in one line; None if there is none.
+
+    >>> short_text(["Hi.", "It was a pleasure\nto be there."])
+    'It was a pleasure to be there.'
+    """
+    lines = (" ".join(text.split()) for text in texts)
+    return next((line for line in lines if shortest <= len(line) <= longest), None)
 
 
 TASKS: dict[str, type[Task]] = {"text": TextTask, "vision": ImageTask}

@@ -79,7 +79,7 @@ def save_with_weights(trainer: "AdaFocalTrainer", report: Report) -> None:
     stale = trainer.is_world_process_zero() and is_stale(trainer.folder, report)
     (stale,) = broadcast_object_list([stale])
     if stale:
-        trainer.save_model()
+        trainer.save_model(_internal_call=True)  # without the upload that a user's call makes
     if trainer.is_world_process_zero():
         save_report(trainer.folder, report)
 

@@ -27,6 +27,7 @@ from hf_adafocal.training.callbacks import (
     SmoothingCallback,
     saved_adaptive_state,
 )
+from hf_adafocal.training.hub_uploads import UploadingTrainer
 from hf_adafocal.training.input_checks import check_batch, check_label_column, check_model, reject_ignored_arguments
 from hf_adafocal.training.model_conventions import FurtherTerms, ModelConventions, logits_of
 from hf_adafocal.training.plan import (
@@ -38,7 +39,6 @@ from hf_adafocal.training.plan import (
     warn_of_few_samples,
     with_direction_of_best_metric,
 )
-from hf_adafocal.training.recording_trainer import RecordingTrainer
 from hf_adafocal.training.run_report import (
     adaptation_pictures_of,
     card_options,
@@ -56,7 +56,7 @@ from hf_adafocal.training.trackers import TRACKERS, PictureCallback
 logger = logging.get_logger(__name__)
 
 
-class AdaFocalTrainer(RecordingTrainer):
+class AdaFocalTrainer(UploadingTrainer):
     """A `Trainer` that trains with AdaFocal, or any loss of `LOSSES`, and reports calibration.
 
     AdaFocal's gamma moves after each evaluation of the calibration set during training, and at the end of each epoch

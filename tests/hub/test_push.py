@@ -18,7 +18,7 @@ from transformers import PreTrainedTokenizerFast, pipeline
 
 from hf_adafocal.hub.client import PushError, push_files
 from hf_adafocal.hub.push import push_run
-from hf_adafocal.report.card import write_card
+from hf_adafocal.report.card import START, write_card
 from hf_adafocal.report.files import read_report
 
 CARD = """---
@@ -191,8 +191,8 @@ class TestPushRun:
         model.save_pretrained(run, max_shard_size="5KB")
         assert (run / "model.safetensors.index.json").exists()
         result = push_run(run, "me/model")
-        assert result.removed == ("model.safetensors",)
-        assert "model.safetensors" not in local_hub.model("me/model").files()
+        assert result.removed == ("model.safetensors", "report.json")  # which described these weights
+        assert not {"model.safetensors", "report.json"} & set(local_hub.model("me/model").files())
         for shard in run.glob("model*"):
             shard.unlink()
         model.save_pretrained(run)
@@ -207,6 +207,18 @@ class TestPushRun:
         push_files({"notes.txt": b"kept", "teacher.safetensors": b"kept"}, "me/model", message="more")
         assert push_run(run, "me/model").removed == ()
         assert {"notes.txt", "teacher.safetensors"} <= set(local_hub.model("me/model").files())
+
+    def test_asks_for_a_licence_and_writes_it_into_the_card(self, local_hub, run, caplog):
+        push_run(run, "me/model")
+        assert "names no licence. Choose one, as in `hf-adafocal push --license" in caplog.text
+        caplog.clear()
+        push_run(run, "me/model", license="apache-2.0")
+        pushed = local_hub.model("me/model").files()["README.md"].decode()
+        assert huggingface_hub.ModelCard(pushed).data.license == "apache-2.0" and "# A calibrated model" in pushed
+        assert not push_run(run, "me/model").new_commit and "licence" not in caplog.text
+        (run / "README.md").unlink()
+        assert push_run(run, "me/other", license="mit").new_commit
+        assert b"license: mit" in local_hub.model("me/other").files()["README.md"]
 
     def test_warns_of_a_missing_card(self, local_hub, run, caplog):
         push_run(run, "me/model")
@@ -248,6 +260,28 @@ class TestCard:
         with pytest.raises(ValueError, match="report.json describes other weights than those beside it"):
             push_run(run, "me/model")
         assert local_hub.requests == []
+
+    def test_a_report_that_does_not_say_of_which_weights_it_is_is_refused(self, local_hub, run):
+        document = json.loads((run / "report.json").read_text())
+        del document["weights"]
+        (run / "report.json").write_text(json.dumps(document))
+        with pytest.raises(ValueError, match="does not say which weights it describes. Measure these weights with"):
+            push_run(run, "me/model")
+        assert local_hub.requests == []
+
+    def test_no_report_of_earlier_weights_stays_in_the_repository(self, local_hub, reported):
+        (reported / "README.md").write_text((reported / "README.md").read_text() + "\n## Ours\n\nWords.\n")
+        push_run(reported, "me/model", license="mit")
+        tiny.bert(seed=1).save_pretrained(reported)
+        for name in ("report.json", "README.md", "reliability.png"):
+            (reported / name).unlink()
+        assert {"report.json", "reliability.png"} <= set(push_run(reported, "me/model").removed)
+        files = local_hub.model("me/model").files()
+        card = huggingface_hub.ModelCard(files["README.md"].decode())
+        assert not {"report.json", "reliability.png"} & set(files)
+        assert START not in card.text
+        assert [result.dataset_name for result in card.data.eval_results] == ["Synthetic"]  # which are the person's
+        assert card.data.license == "mit" and card.text.rstrip().endswith("## Ours\n\nWords.")
 
     def test_a_card_whose_report_is_missing_is_refused(self, local_hub, reported):
         (reported / "report.json").unlink()

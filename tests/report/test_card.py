@@ -13,7 +13,7 @@ from sample_report import MODEL, SUPPORTED, predictions, report
 from tiny import bert
 from transformers.modelcard import TrainingSummary
 
-from hf_adafocal.report.card import END, START, StaleReportError, is_stale, model_card, write_card
+from hf_adafocal.report.card import END, START, StaleReportError, is_stale, model_card, without_report, write_card
 from hf_adafocal.report.facts import DataSource, ModelFacts
 from hf_adafocal.report.measurement import Collected, PerSample
 from hf_adafocal.report.schema import build_report
@@ -48,13 +48,13 @@ class TestMetadata:
         assert (data.library_name, data.pipeline_tag, data.license) == ("transformers", "text-classification", "mit")
         assert (data.language, data.datasets, data.base_model) == ("en", ["me/news"], "google/bert")
         assert data.model_name == "news" and {"calibration", "adafocal", "mine"} <= set(data.tags)
-        assert data["widget"] == [{"text": "Hi."}]
+        assert data["widget"] == [{"text": "Hi."}] and data["labels"] == ["a", "b", "c", "d"]
 
     def test_what_is_unknown_is_left_out(self):
         facts = build_report(predictions(), model=ModelFacts("Net"), num_resamples=10)
         found = card(facts)
-        for name in ("datasets", "base_model", "language", "license", "pipeline_tag"):
-            assert getattr(found.data, name) is None
+        for name in ("datasets", "base_model", "language", "license", "pipeline_tag", "labels", "widget"):
+            assert found.data.get(name) is None
         assert set(found.data.tags) == {"calibration", "hf-adafocal"}
         for word in ("unknown", "None", "rained on", "Loss:", "Evaluated on", "fixed settings"):
             assert word not in found.text
@@ -224,9 +224,24 @@ class TestText:
         text = card(report(examples=[example]), repo_id="me/calibrated").text
         lines = text.split("```python")[1].split("```")[0].strip().splitlines()
         assert 'classify = pipeline("text-classification", model="me/calibrated")' in lines
-        assert lines[-2:] == ['print(classify("Say \\"hi\\"."))', "# [{'label': 'b', 'score': 0.751}]"]
+        assert lines[-4:] == [
+            'for found in classify("Say \\"hi\\"."):',
+            """    print(f"{found['label']}: {found['score']:.3f}")""",
+            "# b: 0.751",
+            "# a: 0.200",
+        ]
         compile("\n".join(lines), "card", "exec")
         assert "pip install transformers torch\n" in text
+
+    def test_an_image_of_the_repository_is_shown_and_read_from_there(self, tmp_path):
+        vision = ModelFacts("ViTForImageClassification", "image-classification", ("0", "1", "2", "3"))
+        facts = report(model=vision, examples=[{"input": "example.png", "scores": {"3": 0.9}}])
+        found = ModelCard(write_card(tmp_path, facts, repo_id="me/digits").read_text())
+        assert "example.png" not in str(found)  # there is none
+        (tmp_path / "example.png").write_bytes(b"")
+        found = ModelCard(write_card(tmp_path, facts, repo_id="me/digits").read_text())
+        assert 'classify("https://huggingface.co/me/digits/resolve/main/example.png")' in found.text
+        assert '<img src="example.png"' in found.text and found.data["widget"] == [{"src": "example.png"}]
 
     def test_custom_code_needs_trust_and_the_example_says_so(self, tmp_path):
         (tmp_path / "config.json").write_text(json.dumps({"auto_map": {"AutoConfig": "models.Config"}}))
@@ -361,6 +376,31 @@ class TestStockCard:
         assert is_stock(text) and not is_stock(person) and without_stock(person) == person
 
 
+class TestWithoutReport:
+    def test_the_persons_words_and_results_stay_and_ours_go(self):
+        mine = model_card(report(), name="news", license="mit").replace("# news\n", "# news\n\nOur words.\n")
+        text = without_report(mine + "\n## Ethics\n\nAlso ours.\n")
+        found = ModelCard(text)
+        assert found.text.strip() == "# news\n\nOur words.\n\n## Ethics\n\nAlso ours."
+        assert found.data.eval_results is None and found.data.license == "mit" and "model_name" not in text
+        assert without_report(text) == text
+
+    def test_what_the_trainer_generated_of_earlier_weights_goes_too(self):
+        found = ModelCard(without_report(stock_card()))
+        assert found.text.strip() == "# run" and found.data.eval_results is None
+
+    def test_a_card_without_a_report_stays_as_it_is(self):
+        assert ModelCard(without_report("# Mine\n\nWords.\n")).text.strip() == "# Mine\n\nWords."
+
+    @settings(max_examples=25)
+    @given(NASTY, NASTY)
+    def test_a_renewed_card_is_the_one_before_whatever_the_names(self, name, label):
+        facts = replace(BASE, model=replace(MODEL, labels=(label, "b", "c", "d")))
+        first = model_card(facts, name=name)
+        assert START not in without_report(first)
+        assert model_card(facts, name=name, existing=without_report(first)).count(START) == 1
+
+
 class TestWriteCard:
     def test_it_shows_the_pictures_that_lie_in_the_folder(self, tmp_path):
         (tmp_path / "reliability.png").write_bytes(b"")
@@ -388,6 +428,11 @@ class TestWriteCard:
         with pytest.raises(StaleReportError, match="other weights than those in .*hf-adafocal evaluate"):
             write_card(tmp_path, facts)
         assert (tmp_path / "README.md").read_text() == before
+
+    def test_it_carries_the_hash_of_the_weights_it_describes(self, tmp_path):
+        bert().save_pretrained(tmp_path)
+        found = weights_hash(tmp_path)
+        assert f"`{found}`" in write_card(tmp_path, report(weights=found)).read_text()
 
     def test_a_folder_without_weights_takes_any_report(self, tmp_path):
         assert write_card(tmp_path, report(weights="0" * 32)).exists()

@@ -13,6 +13,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification, Be
 from hf_adafocal.data.loading import load_splits
 from hf_adafocal.metrics.scores import calibration_report
 from hf_adafocal.runs.arguments import parse_arguments
+from hf_adafocal.runs.examples import NEUTRAL, is_public
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.run_record import RunRecord, read_record
 from hf_adafocal.runs.tasks import ImageTask, TextTask
@@ -73,6 +74,51 @@ def vision_run(tmp_path_factory):
     folder = tmp_path_factory.mktemp("vision")
     report = finetune(*parse_arguments(ImageTask, [*QUICK, "--output_dir", str(folder), "--seed", "3"])).to_dict()
     return folder, report
+
+
+class TestExample:
+    def test_of_public_data_an_input_of_the_test_split_is_shown_with_what_the_checkpoint_says(self, vision_run):
+        folder, report = vision_run
+        (example,) = report["examples"]
+        found = pipeline("image-classification", model=str(folder))(str(folder / "example.png"))
+        assert {entry["label"]: pytest.approx(entry["score"], abs=1e-5) for entry in found} == example["scores"]
+        assert list(example["scores"])[0] == found[0]["label"] and len(found) == 5
+        card = (folder / "README.md").read_text()
+        assert '<img src="example.png"' in card and f"# {found[0]['label']}: {found[0]['score']:.3f}\n" in card
+
+    def test_of_local_texts_none_is_shown(self, tmp_path):
+        rows = newsgroups(tmp_path / "data")
+        arguments = [*QUICK, "--dataset", rows, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
+        report = finetune(*parse_arguments(TextTask, arguments))
+        (example,) = report.examples
+        found = pipeline("text-classification", model=str(tmp_path / "run"))(NEUTRAL)
+        assert example["input"] == NEUTRAL
+        assert example["scores"] == {found[0]["label"]: pytest.approx(found[0]["score"], abs=1e-5)}
+
+    def test_a_data_set_of_the_hub_is_public_only_where_the_hub_says_so(self, local_hub):
+        local_hub.add_dataset("me/open", {})
+        local_hub.add_dataset("me/hidden", {}, private=True)
+        assert is_public("digits") and is_public("cifar10") and is_public("me/open")
+        assert not is_public("../imgs") and not is_public("me/hidden") and not is_public("me/nothing")
+        assert {token for *_, token in local_hub.asked("/api/datasets/")} == {None}
+        local_hub.fail("/api/datasets/", 503, times=9)
+        assert not is_public("me/open")
+
+
+class TestPush:
+    def test_a_run_is_pushed_once_at_its_end_with_card_report_and_pictures(self, local_hub, tmp_path):
+        folder = tmp_path / "run"
+        arguments = [*QUICK, "--output_dir", str(folder), "--push_to_hub", "true", "--hub_model_id", "me/digits"]
+        report = finetune(*parse_arguments(ImageTask, [*arguments, "--num_train_epochs", "1"]))
+        repository = local_hub.model("me/digits")
+        files = repository.files()
+        assert len(repository.history()) == 2  # the Hub's own first commit, and this one
+        shown = {"README.md", "report.json", "reliability.png", "gamma.png", "example.png"}
+        assert set(files) == shown | {"config.json", "model.safetensors"}
+        assert json.loads(files["report.json"]) == report.to_dict()
+        card = files["README.md"].decode()
+        assert f"{local_hub.endpoint}/me/digits/resolve/main/example.png" in card
+        assert f"On {report.metrics['num_samples']} test images it is right in" in card and "Trained on digits" in card
 
 
 class TestFinetune:

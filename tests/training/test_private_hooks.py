@@ -15,6 +15,7 @@ from transformers import Trainer
 
 import hf_adafocal.training
 from hf_adafocal import AdaFocalTrainer
+from hf_adafocal.training.hub_uploads import UploadingTrainer
 from hf_adafocal.training.resumable import ResumableTrainer
 
 TRAINING = Path(hf_adafocal.training.__file__).parent
@@ -33,6 +34,11 @@ OVERRIDDEN = {
         AdaFocalTrainer,
         "each trial of a hyper-parameter search goes on with the loss and the gammas of the trial before it",
     ),
+    "_push_from_checkpoint": (
+        UploadingTrainer,
+        "every save uploads the whole output folder: `training_args.bin` with the token, event files, what a link "
+        "leads to, and the report of an earlier run beside the new weights",
+    ),
     "_run_epoch": (
         ResumableTrainer,
         "a run that `max_steps` ended within an epoch takes one more step when it is resumed from its last checkpoint "
@@ -50,6 +56,7 @@ OVERRIDDEN = {
 
 # name: what breaks if the Trainer no longer has it
 USED = {
+    "_finish_current_push": "the last upload does not wait for those of the checkpoints, and may be overtaken by one",
     "_get_collator_with_removed_columns": "slices of the calibration set hold columns the model does not take",
     "_get_output_dir": "the folder of a checkpoint in a hyper-parameter search is not found",
     "_prepare_inputs": "batches of our own forward passes stay on the CPU",
@@ -119,8 +126,10 @@ class TestCalls:
             return call
 
         run = tiny.trainer(tmp_path_factory.mktemp("run"), save_strategy="epoch", eval_strategy="epoch")
+        run.args.push_to_hub = True  # after construction, which would make a repository
         for name in OVERRIDDEN:
-            setattr(run, name, counted(name, getattr(run, name)))
+            method = (lambda folder: None) if name == "_push_from_checkpoint" else getattr(run, name)
+            setattr(run, name, counted(name, method))
         run.train()
         return names
 
