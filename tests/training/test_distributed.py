@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import language
 import numpy as np
 import pytest
 import tiny
@@ -99,6 +100,31 @@ def train_classwise(folder, batch_size: int) -> None:
     (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(run.loss.table()))
 
 
+def train_language_models(folder, batch_size: int, world_size: int) -> None:
+    """Train a causal model and an encoder-decoder on rows with unequal numbers of labels; write how they ended."""
+    torch.set_num_threads(1)
+    result = {}
+    for name, (make, labels) in language.MODELS.items():
+        settings = {"per_device_train_batch_size": batch_size, "per_device_eval_batch_size": batch_size}
+        run = language.ours(
+            folder,
+            language.built(make).double(),
+            language.sentences(32, 0, labels),
+            language.sentences(19, 1, labels),
+            loss="adafocal",
+            ddp_find_unused_parameters=False,
+            **settings,
+        )
+        assert run.args.world_size == world_size
+        run.train()
+        result[name] = [
+            language.weights(run.model).tolist(),
+            run.loss.gammas.tolist(),
+            *evaluations(run.state.log_history),
+        ]
+    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(result))
+
+
 def ranks(folder) -> tuple[dict, dict]:
     return tuple(json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1))
 
@@ -140,6 +166,20 @@ class TestTraining:
         assert first == second and sum(first["class_counts"]) == 61 and len(first["class_gammas"]) == 4
         for name, values in expected.items():
             np.testing.assert_allclose(first[name], values, rtol=0, atol=1e-6)
+
+
+class TestLanguageModels:
+    def test_two_processes_give_the_weights_gammas_and_metrics_of_one(self, tmp_path):
+        one, two = tmp_path / "one", tmp_path / "two"
+        for folder in (one, two):
+            folder.mkdir()
+        debug_launcher(train_language_models, args=(two, 4, 2), num_processes=2)
+        train_language_models(one, 8, 1)
+        expected, (first, second) = json.loads((one / "rank-0.json").read_text()), ranks(two)
+        assert first == second and expected.keys() == language.MODELS.keys()
+        for name in expected:
+            for here, there in zip(first[name], expected[name], strict=True):
+                np.testing.assert_allclose(here, there, rtol=0, atol=1e-5, err_msg=name)
 
 
 class TestPaddedTail:

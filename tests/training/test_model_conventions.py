@@ -2,25 +2,16 @@
 
 import logging
 
-import numpy as np
 import pytest
 import tiny
 import torch
 from datasets import Dataset
+from language import MODELS, SETTINGS, SIZES, built, gpt2, llama, mixtral, ours, sentences, weights
 from transformers import (
-    BartConfig,
-    BartForConditionalGeneration,
     BeitConfig,
     BeitForSemanticSegmentation,
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    MixtralConfig,
-    MixtralForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
     Trainer,
+    TrainerCallback,
     TrainingArguments,
     set_seed,
 )
@@ -28,108 +19,7 @@ from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_adafocal import AdaFocalTrainer
 from hf_adafocal.training.model_conventions import ModelConventions
-
-WORDS = 30
-SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-BART = {
-    "d_model": 16,
-    "encoder_layers": 1,
-    "decoder_layers": 1,
-    "encoder_attention_heads": 2,
-    "decoder_attention_heads": 2,
-    "encoder_ffn_dim": 32,
-    "decoder_ffn_dim": 32,
-}
-
-
-def llama():
-    return LlamaForCausalLM(LlamaConfig(vocab_size=WORDS, num_key_value_heads=2, **SIZES))
-
-
-def mixtral(**settings):
-    sizes = {**SIZES, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
-    return MixtralForCausalLM(MixtralConfig(vocab_size=WORDS, output_router_logits=True, **sizes, **settings))
-
-
-def gpt2():
-    return GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=WORDS,
-            n_embd=16,
-            n_layer=2,
-            n_head=2,
-            n_positions=32,
-            bos_token_id=1,
-            eos_token_id=2,
-            attn_pdrop=0.0,
-            embd_pdrop=0.0,
-            resid_pdrop=0.0,
-        )
-    )
-
-
-def bart():
-    return BartForConditionalGeneration(BartConfig(vocab_size=WORDS, max_position_embeddings=32, dropout=0.0, **BART))
-
-
-def t5():
-    return T5ForConditionalGeneration(
-        T5Config(
-            vocab_size=WORDS,
-            d_model=16,
-            d_kv=8,
-            d_ff=32,
-            num_layers=1,
-            num_heads=2,
-            dropout_rate=0.0,
-            decoder_start_token_id=0,
-        )
-    )
-
-
-def built(make, **settings):
-    set_seed(0)
-    return make(**settings)
-
-
-def sentences(size, seed, labels=None):
-    """Each word mostly is the one before it plus 3; some labels are ignored.
-
-    Where labels are shifted the first one is: for GPT-2 the stock Trainer counts it, though nothing predicts it.
-    """
-    generator = np.random.default_rng(seed)
-    words = np.zeros((size, 8), dtype=int)
-    words[:, 0] = generator.integers(3, WORDS, size)
-    for place in range(1, 8):
-        follows = (words[:, place - 1] - 3 + 3) % (WORDS - 3) + 3
-        words[:, place] = np.where(generator.random(size) < 0.8, follows, generator.integers(3, WORDS, size))
-    targets = words if labels is None else words[:, :labels]
-    targets = np.where(generator.random(targets.shape) < 0.2, -100, targets)
-    if labels is None:
-        targets[:, 0] = -100
-    return Dataset.from_dict({"input_ids": words.tolist(), "labels": targets.tolist()})
-
-
-MODELS = {"llama": (llama, None), "gpt2": (gpt2, None), "bart": (bart, 5), "t5": (t5, 5)}
-SETTINGS = {
-    "num_train_epochs": 2,
-    "per_device_train_batch_size": 8,
-    "learning_rate": 1e-2,
-    "use_cpu": True,
-    "lr_scheduler_type": "constant",
-    "disable_tqdm": True,
-    "report_to": [],
-    "save_strategy": "no",
-}
-
-
-def ours(folder, model, data, held_out, loss="cross_entropy", **settings):
-    args = tiny.arguments(folder, **{**SETTINGS, "loss": loss, "split_overlap": "skip", **settings})
-    return AdaFocalTrainer(model, args, train_dataset=data, eval_dataset=held_out)
-
-
-def weights(model):
-    return torch.cat([parameter.detach().flatten().double() for parameter in model.parameters()])
+from hf_adafocal.training.recorder import HistogramCollector
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -179,6 +69,70 @@ class TestLanguageModels:
         run = ours(tmp_path, built(make), sentences(64, 0, labels), sentences(16, 1, labels), **settings)
         run.train()
         assert run.adaptive_callback.updates > 0 and run.loss.smoothing.item() != 0
+
+
+def step(folder, name, loss, batch_size, accumulation):
+    """What one step of SGD over 16 rows, with unequal numbers of counted labels, adds to the weights."""
+    make, labels = MODELS[name]
+    settings = {"max_steps": 1, "optim": "sgd", "learning_rate": 10.0, "max_grad_norm": 0.0}
+    run = ours(
+        folder,
+        built(make),
+        sentences(16, 0, labels),
+        sentences(8, 1, labels),
+        loss=loss,
+        per_device_train_batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        **settings,
+    )
+    run.add_callback(OwnGammas(run.loss))
+    run.train()
+    return weights(run.model) - weights(built(make))
+
+
+class OwnGammas(TrainerCallback):
+    """Gives AdaFocal a gamma of its own for each bin."""
+
+    def __init__(self, loss):
+        self.loss = loss
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if hasattr(self.loss, "gammas"):
+            self.loss.set_table([0.0, 0.02, 0.03, 0.04, 0.05, 1.0], [5.0, -1.0, 0.7, 2.0, -0.3])
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "adafocal"])
+@pytest.mark.parametrize("name", MODELS)
+def test_a_step_cut_into_four_micro_batches_is_the_step_of_one_batch(tmp_path, name, loss):
+    whole, parts = step(tmp_path, name, loss, 16, 1), step(tmp_path, name, loss, 4, 4)
+    assert whole.norm() > 0.1 and (whole - parts).norm() / whole.norm() < 1e-5
+
+
+def test_a_gpt2_is_divided_by_the_words_that_are_predicted(tmp_path):
+    """The stock Trainer does not know that this class shifts: told so, its own count gives these weights."""
+    data = sentences(32, 0)
+    data = data.remove_columns("labels").add_column("labels", data["input_ids"][:])  # the first label too
+    settings = {**SETTINGS, "optim": "sgd", "learning_rate": 0.5}
+    stock = Trainer(built(gpt2), TrainingArguments(str(tmp_path), **settings), train_dataset=data)
+    stock._loss_shifts_labels = True
+    run = ours(tmp_path, built(gpt2), data, sentences(16, 1), optim="sgd", learning_rate=0.5)
+    stock.train(), run.train()
+    assert (weights(stock.model) - weights(built(gpt2))).norm() > 0.1
+    assert (weights(run.model) - weights(stock.model)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("name", ["llama", "bart"])
+def test_beyond_millions_of_tokens_a_histogram_counts_them(tmp_path, name, monkeypatch):
+    make, labels = MODELS[name]
+    held_out = sentences(24, 1, labels)
+    exact = ours(tmp_path, built(make), sentences(8, 0, labels), held_out).evaluate()
+    monkeypatch.setattr("hf_adafocal.training.recorder.MOST_SAMPLES", 100)
+    run = ours(tmp_path, built(make), sentences(8, 0, labels), held_out)
+    counted = run.evaluate()
+    assert isinstance(run.recorder.samples["eval"], HistogramCollector)
+    for metric in ("accuracy", "nll", "ece", "refinement", "temperature"):
+        assert counted[f"eval_{metric}"] == pytest.approx(exact[f"eval_{metric}"], rel=1e-5), metric
+    assert counted["eval_ada_ece"] == pytest.approx(exact["eval_ada_ece"], abs=2e-3)
 
 
 class TestConventions:
