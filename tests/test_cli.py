@@ -115,10 +115,14 @@ class TestCommands:
         assert "ZeroDivisionError" in capsys.readouterr().err
 
     def test_train_needs_nothing_but_the_package(self, tmp_path, capsys):
-        line = [*QUICK, "--num_train_epochs", "1", "--max_train_samples", "64", "--output_dir", str(tmp_path)]
+        line = [*QUICK, "--num_train_epochs", "1", "--max_train_samples", "64", "--output_dir", str(tmp_path / "run")]
+        line += ["--baseline", "none"]
         assert cli.main(["train", "vision", *line]) == 0
         table = capsys.readouterr().out.splitlines()
-        assert any(line.startswith("| as trained") for line in table) and (tmp_path / "report.json").exists()
+        assert (
+            any(line.startswith("| adafocal, as trained") for line in table)
+            and (tmp_path / "run" / "report.json").exists()
+        )
 
     def test_push_says_what_it_left_out_and_that_a_second_one_has_nothing_new(self, scaled, local_hub, capsys):
         (scaled / "training_args.bin").write_bytes(b"\x80\x04.")

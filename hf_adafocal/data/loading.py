@@ -73,7 +73,8 @@ def load_splits(
     lines count what was dropped.
 
     Args:
-        dataset: "digits" (embedded in scikit-learn), "20_newsgroups", "cifar10", or any Hub id or local folder.
+        dataset: "digits" (embedded in scikit-learn; 400, 400 and 997 images), "20_newsgroups", "cifar10", or any Hub
+            id or local folder.
         label_column: Column of class labels; found by its name or type if left out.
         input_column: Column of images or texts, or two text columns of sentence pairs separated by a comma
             ("premise,hypothesis"); found by type and name if left out.
@@ -93,9 +94,9 @@ def load_splits(
 
     >>> splits = load_splits("digits")
     >>> [len(part) for part in splits[:3]], splits.label_names[:3]
-    ([1293, 144, 360], ['0', '1', '2'])
+    ([400, 400, 997], ['0', '1', '2'])
     """
-    raw = DatasetDict(train=_digits()) if dataset == "digits" else _read(dataset)
+    raw = _digits(seed) if dataset == "digits" else _read(dataset)
     if "train" not in raw:
         raise ValueError(f"{dataset!r} needs a split 'train', found {sorted(raw)}.")
     parts, inputs = _canonical(raw, label_column, input_column)
@@ -154,15 +155,20 @@ def _read(dataset: str) -> DatasetDict:
         raise ValueError(f"The data set {source!r} cannot be read: {error.__cause__ or error}") from error
 
 
-def _digits() -> Dataset:
-    """Return the 1,797 handwritten digits (8 x 8) that scikit-learn carries."""
+def _digits(seed: int) -> DatasetDict:
+    """Return the 1,797 handwritten digits (8 x 8) that scikit-learn carries, as train, validation and test.
+
+    So small a training set is overfitted, and so large a test set tells calibration errors of a few percent apart.
+    """
     from sklearn.datasets import load_digits
 
     digits = load_digits()
     pixels = np.round(digits.images * (255 / 16)).astype(np.uint8)
     features = Features({"image": Image(), "label": ClassLabel(names=[str(digit) for digit in range(10)])})
     rows = {"image": [PILImage.fromarray(image) for image in pixels], "label": digits.target.tolist()}
-    return Dataset.from_dict(rows, features=features)
+    rest, test = hold_out(Dataset.from_dict(rows, features=features), 997, seed)
+    train, validation = hold_out(rest, 400, seed)
+    return DatasetDict(train=train, validation=validation, test=test)
 
 
 def _canonical(

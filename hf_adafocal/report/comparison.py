@@ -1,12 +1,12 @@
 """A verdict in words on several losses, from paired differences between runs of one seed."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from scipy.stats import t
 
-from hf_adafocal.report.schema import RAW, SCALED
+from hf_adafocal.report.schema import RAW, SCALED, Report
 
 LEVEL = 0.95
 
@@ -58,6 +58,66 @@ def verdict(tests: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str = "c
     else:
         sentences.append(f"A temperature alone does not reach it: {scaled} {against}.")
     return " ".join(sentences)
+
+
+def results_in_words(report: Report, baseline: Report | None = None) -> str:
+    """Say what one run and its baseline show, and no more than their 95 % intervals allow.
+
+    Two values are told apart only if their intervals do not overlap.
+
+    Args:
+        report: Of the run.
+        baseline: Of a run with another loss on the same splits; None if there is none.
+    """
+    own = report.test.rows()
+    sentences = []
+    if baseline is not None and RAW in own and RAW in baseline.test.rows():
+        sentences.append(f"As trained, {_against(report, baseline, 'accuracy', RAW, 'an accuracy')};")
+        sentences.append(f"{_against(report, baseline, 'ece', RAW, 'an ECE')}.")
+    if report.folded and RAW in own:
+        before, after = _value(report, "ece", RAW), _value(report, "ece", SCALED)
+        sentences.append(
+            f"A temperature of {report.test.temperature:.2f} is folded in: ECE {before.text} before, {after.text} "
+            f"after, {_verdict(after, before)}."
+        )
+    else:
+        sentences.append(report.scaling_outcome)
+    if baseline is not None and SCALED in own and SCALED in baseline.test.rows():
+        sentences.append(f"With a temperature for both, {_against(report, baseline, 'ece', SCALED, 'an ECE')}.")
+    if baseline is not None:
+        sentences.append("This is one seed on one split.")
+    return " ".join(sentences)
+
+
+def loss_name(report: Report) -> str:
+    """The name of the loss that a run was trained with."""
+    return str((report.loss or {}).get("name", "this model"))
+
+
+class _Value(NamedTuple):
+    """A metric of a report with the ends of its interval, and all as text."""
+
+    text: str
+    low: float
+    high: float
+
+
+def _value(report: Report, key: str, kind: str) -> _Value:
+    value = report.test.rows()[kind][key]
+    low, high = report.test.intervals.get(kind, {}).get(key, (value, value))
+    return _Value(f"{100 * value:.2f} % ({100 * low:.2f} to {100 * high:.2f})", low, high)
+
+
+def _against(report: Report, baseline: Report, key: str, kind: str, title: str) -> str:
+    first, second = _value(report, key, kind), _value(baseline, key, kind)
+    names = loss_name(report), loss_name(baseline)
+    return f"{names[0]} has {title} of {first.text} and {names[1]} {second.text}, {_verdict(first, second)}"
+
+
+def _verdict(first: _Value, second: _Value) -> str:
+    if first.high < second.low or second.high < first.low:
+        return f"{'lower' if first.high < second.low else 'higher'} beyond both intervals"
+    return "which their intervals cannot tell apart"
 
 
 def _lowest(tests: Mapping[str, Any], percent: Mapping[tuple[str, str, str], np.ndarray], scaling: str) -> str:

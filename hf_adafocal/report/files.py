@@ -73,11 +73,20 @@ def add_baselines(runs: Mapping[str, Sequence[Path]], baseline: str = "cross_ent
             report, other = read_report(folder), read_report(beside)
             if report is None or other is None:
                 raise ValueError(f"Expected {FILE} in {folder} and {beside}; repeat the runs.")
-            titles = {RAW: baseline, SCALED: f"{baseline} + temperature scaling"}
-            baselines = {titles[name]: metrics for name, metrics in other.test.rows().items()}
-            report = replace(report, baselines=baselines)
+            report = replace(report, baselines=baseline_rows(other, baseline))
             _write(folder, report)
             write_card(folder, report)
+
+
+def baseline_rows(report: Report, loss: str) -> dict[str, dict[str, float]]:
+    """The results of a run as baselines of another one: metrics as trained and temperature scaled, by title.
+
+    Args:
+        report: Of the baseline.
+        loss: Its name.
+    """
+    titles = {RAW: loss, SCALED: f"{loss} + temperature scaling"}
+    return {titles[name]: metrics for name, metrics in report.test.rows().items()}
 
 
 def pictures() -> Any:

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hf_adafocal.report.comparison import loss_name
 from hf_adafocal.report.schema import RAW, SCALED, Report
 
 
@@ -82,6 +83,28 @@ def report_table(
         for title, metrics, ends in rows
     ]
     return markdown([["scores", *(column.heading for column in columns)], *cells])
+
+
+def results_table(report: Report, baseline: Report | None = None) -> str:
+    """A run and its baseline, as trained and with a temperature, with 95 % intervals of accuracy and ECE.
+
+    Args:
+        report: Of the run.
+        baseline: Of a run with another loss on the same splits; None if there is none.
+    """
+    keys = ("accuracy", "nll", "ece", "ada_ece")
+    rows = [["scores", *(METRICS[key].heading for key in keys)]]
+    for found in (baseline, report):
+        for name, metrics in {} if found is None else found.test.rows().items():
+            title = f"{loss_name(found)}, {scores_titles(found)[name]}"
+            title += " (this checkpoint)" if found is report and name == report.shipped else ""
+            ends = found.test.intervals.get(name, {}) if found is not None else {}
+            cells = [
+                METRICS[key].text(metrics.get(key), ends.get(key) if key in ("accuracy", "ece") else None)
+                for key in keys
+            ]
+            rows.append([title, *cells])
+    return markdown(rows)
 
 
 def escape(text: Any) -> str:

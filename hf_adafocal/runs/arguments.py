@@ -5,6 +5,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
+import torch
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_adafocal.runs.tasks import Task
@@ -39,7 +40,10 @@ class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 
 
 def parse_arguments(
-    task_class: type[AnyTask], arguments: Sequence[str] | None = None, prog: str | None = None
+    task_class: type[AnyTask],
+    arguments: Sequence[str] | None = None,
+    prog: str | None = None,
+    parents: Sequence[argparse.ArgumentParser] = (),
 ) -> tuple[AnyTask, AdaFocalTrainingArguments]:
     """Read a task and its training arguments from a command line; the task's own defaults go before the general ones.
 
@@ -47,6 +51,7 @@ def parse_arguments(
         task_class: The kind of task.
         arguments: The command line; that of the process if left out.
         prog: Name of the program, for `--help`.
+        parents: Parsers of further arguments, which are accepted and shown by `--help`.
 
     Raises:
         ValueError: If an argument is unknown or out of range.
@@ -59,12 +64,15 @@ def parse_arguments(
     arguments = list(arguments) if arguments is not None else None
     first = HfArgumentParser(cast(Any, task_class), add_help=False, allow_abbrev=False)
     task, *_ = first.parse_args_into_dataclasses(arguments, return_remaining_strings=True)
-    parser = training_parser(task_class, prog)
-    parser.set_defaults(**cast(Task, task).training_defaults)
-    return cast(Any, parser.parse_args_into_dataclasses(arguments))
+    parser = training_parser(task_class, prog, parents)
+    # Pinned memory speeds copies to an accelerator up; without one torch warns at every start.
+    parser.set_defaults(dataloader_pin_memory=torch.accelerator.is_available(), **cast(Task, task).training_defaults)
+    return cast(Any, parser.parse_args_into_dataclasses(arguments)[:2])
 
 
-def training_parser(task_class: type[Task], prog: str | None = None) -> HfArgumentParser:
+def training_parser(
+    task_class: type[Task], prog: str | None = None, parents: Sequence[argparse.ArgumentParser] = ()
+) -> HfArgumentParser:
     """Build the parser of a training command, whose `--help` shows this package's arguments alone."""
     parser = HfArgumentParser(
         cast(Any, (task_class, AdaFocalTrainingArguments)),
@@ -74,6 +82,7 @@ def training_parser(task_class: type[Task], prog: str | None = None) -> HfArgume
         epilog=EPILOG,
         formatter_class=HelpFormatter,
         allow_abbrev=False,
+        parents=list(parents),
     )
     own = own_names(AdaFocalTrainingArguments, TrainingArguments)
     for action in parser._actions:

@@ -194,6 +194,7 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
             per_device_eval_batch_size=batch_size,
             remove_unused_columns=task.training_defaults.get("remove_unused_columns", True),
             report_to="none",
+            dataloader_pin_memory=torch.accelerator.is_available(),
         )
         trainer = AdaFocalTrainer(model, arguments, data_collator=prepared.data_collator)
         measured = {role: trainer.measure(getattr(prepared.splits, role), role)[1] for role in ("calibration", "test")}

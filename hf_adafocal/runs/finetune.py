@@ -1,6 +1,8 @@
 """Fine-tune a model on a task, and write checkpoint, report, pictures and card into one folder."""
 
-from collections.abc import Sequence
+import argparse
+import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,13 +10,16 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
-from hf_adafocal.data.loading import HUB_IDS, LANGUAGES
+from hf_adafocal.data.loading import BUILT_IN, HUB_IDS, LANGUAGES
 from hf_adafocal.data.overlap import SplitCheck, drop_overlap
+from hf_adafocal.losses.registry import LOSSES
+from hf_adafocal.report.comparison import results_in_words
+from hf_adafocal.report.files import baseline_rows
 from hf_adafocal.report.schema import Report
-from hf_adafocal.report.tables import report_table
+from hf_adafocal.report.tables import results_table
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs import run_record
-from hf_adafocal.runs.arguments import parse_arguments
+from hf_adafocal.runs.arguments import parse_arguments, settings_by_loss
 from hf_adafocal.runs.examples import make_examples
 from hf_adafocal.runs.tasks import Prepared, Task
 from hf_adafocal.scaling.folding import load_classifier
@@ -23,21 +28,50 @@ from hf_adafocal.training.trainer import AdaFocalTrainer
 
 
 def train(task_class: type[Task], arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Fine-tune as a command line says and print the table of the report.
+    """Fine-tune as a command line says, and print the results beside those of a baseline.
+
+    The baseline is trained first, with the same arguments but the loss, into a folder beside the run's.
 
     Args:
         task_class: The kind of task.
-        arguments: The command line; that of the process if left out.
+        arguments: The command line; that of the process if left out. `--baseline` names the loss of the baseline.
         prog: Name of the program, for `--help`.
+
+    Raises:
+        ValueError: If an argument is unknown or out of range: before anything is trained.
     """
-    task, args = parse_arguments(task_class, arguments, prog)
-    report = finetune(task, args)
+    own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    own.add_argument(
+        "--baseline",
+        choices=("none", *LOSSES),
+        metavar="LOSS",
+        help="Train with this loss first, under the same arguments, for the printed table and the card; none for no "
+        "baseline (default: cross_entropy on the built-in digits, none elsewhere).",
+    )
+    options, line = own.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
+    chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    chosen.add_argument("--loss", default="adafocal")
+    chosen.add_argument("--dataset", default=task_class.dataset)
+    run, _ = chosen.parse_known_args(line)
+    baseline = options.baseline or ("cross_entropy" if run.dataset in BUILT_IN else "none")
+    compared = baseline not in ("none", run.loss)
+    lines = settings_by_loss(line, [run.loss, baseline]) if compared else {run.loss: line}
+    task, args = parse_arguments(task_class, lines[run.loss], prog, [own])
+    beside = None
+    if compared:
+        line = [*lines[baseline], "--loss", baseline, "--output_dir", f"{args.output_dir}-{baseline}"]
+        line += ["--push_to_hub", "false", "--resume_from_checkpoint", "false"]
+        beside = finetune(*parse_arguments(task_class, line, prog))
+    report = finetune(task, args, baselines={} if beside is None else baseline_rows(beside, baseline))
     if args.process_index == 0:
-        print(report_table(report))
+        print(results_table(report, beside))
+        print(f"\n{results_in_words(report, beside)}")
     PartialState().destroy_process_group()
 
 
-def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
+def finetune(
+    task: Task, args: AdaFocalTrainingArguments, *, baselines: Mapping[str, Mapping[str, float]] | None = None
+) -> Report:
     """Train on a task, measure the test split, and save everything in `args.output_dir`.
 
     The folder then holds the checkpoint, `report.json`, the model card, `reliability.png`, `gamma.png` if gamma moved,
@@ -47,6 +81,7 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
     Args:
         task: The task.
         args: Training arguments, with `output_dir`.
+        baselines: Metrics of other models on the same test split, by title, for the report.
 
     Returns:
         The report, on every process.
@@ -73,7 +108,7 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
         args,
         train_dataset=train_split,
         calibration_dataset=splits.calibration,
-        processing_class=prepared.processing_class,
+        processing_class=_saved_by_trainer(prepared.processing_class),
         data_collator=prepared.data_collator,
     )
     outcome = trainer.train(resume_from_checkpoint=_resume_from(args.resume_from_checkpoint))
@@ -88,6 +123,7 @@ def finetune(task: Task, args: AdaFocalTrainingArguments) -> Report:
         splits.test,
         ood=None if splits.ood is None else (task.ood, splits.ood),
         weights=weights_hash(folder),
+        baselines=baselines,
         trained_on=dataset,
         evaluated_on=dataset,
         language=LANGUAGES.get(task.dataset),
@@ -124,6 +160,11 @@ def _prepare(task: Task, args: AdaFocalTrainingArguments) -> tuple[Prepared, Any
         blank_tokens=getattr(prepared.processing_class, "all_special_ids", ()),
     )
     return prepared, train_split, check
+
+
+def _saved_by_trainer(processor: Any) -> Any:
+    """Return the tokenizer or image processor; None for timm's, which stands in config.json and only warns if saved."""
+    return None if type(processor).__name__ == "TimmWrapperImageProcessor" else processor
 
 
 def _resume_from(value: str | bool | None) -> str | bool | None:

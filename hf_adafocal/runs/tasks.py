@@ -186,7 +186,7 @@ class ImageTask(Task):
     )
     image_size: int = field(default=16, metadata={"help": "Input size of a network from scratch, in pixels."})
     random_shift: float = field(
-        default=0.125, metadata={"help": "Shift training images at random by up to this share of their side."}
+        default=0.0, metadata={"help": "Shift training images at random by up to this share of their side."}
     )
     horizontal_flip: bool = field(default=False, metadata={"help": "Mirror training images at random, half of them."})
 
@@ -194,7 +194,7 @@ class ImageTask(Task):
         "output_dir": "runs/vision",
         "calibrate_at_end": True,
         "eval_strategy": "epoch",
-        "num_train_epochs": 50,
+        "num_train_epochs": 100,
         "learning_rate": 1e-3,
         "per_device_train_batch_size": 32,
         "per_device_eval_batch_size": 256,

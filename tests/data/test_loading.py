@@ -34,7 +34,7 @@ def contents(part: Dataset) -> set:
 class TestDigits:
     def test_the_default_is_the_embedded_digits_in_three_disjoint_parts(self):
         splits = load_splits()
-        assert [len(part) for part in splits[:3]] == [1293, 144, 360] and splits.ood is None
+        assert [len(part) for part in splits[:3]] == [400, 400, 997] and splits.ood is None
         assert splits.label_names == [str(digit) for digit in range(10)]
         pixels = [np.stack([np.asarray(image) for image in part["image"]]) for part in splits[:3]]
         original = np.round(load_digits().images * (255 / 16)).astype(np.uint8)

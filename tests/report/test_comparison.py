@@ -1,8 +1,14 @@
 """The sentences under a comparison, from numbers worked by hand."""
 
+from dataclasses import replace
+
+import numpy as np
 import pytest
 
-from hf_adafocal.report.comparison import verdict
+from hf_adafocal.report.comparison import results_in_words, verdict
+from hf_adafocal.report.facts import ModelFacts
+from hf_adafocal.report.schema import Report, build_report
+from hf_adafocal.scaling.fit import Scaling
 
 
 def runs(raw, scaled, accuracy=(0.8, 0.8, 0.8)):
@@ -77,3 +83,47 @@ class TestVerdict:
     def test_runs_must_pair_up(self):
         with pytest.raises(ValueError, match="Every loss needs a run of every seed, found .*'focal': 2"):
             verdict({"cross_entropy": CROSS_ENTROPY, "focal": CROSS_ENTROPY[:2]})
+
+
+def one_run(loss: str, ece: float, interval: tuple[float, float], scaled: float, *, folded: bool = False) -> Report:
+    """A report with an accuracy of 0.8 (0.7 to 0.9), and an ECE whose interval with a temperature is 0 to twice it."""
+    logits = np.log([[0.9, 0.1], [0.8, 0.2]])
+    scaling = {"folded" if folded else "scaling": Scaling(0.5, num_samples=100)}
+    report = build_report(
+        (logits, np.array([0, 1])), model=ModelFacts("X"), num_resamples=10, loss={"name": loss}, **scaling
+    )
+    rows = [
+        {**metrics, "accuracy": 0.8, "ece": value}
+        for metrics, value in ((report.test.raw, ece), (report.test.temperature_scaled, scaled))
+    ]
+    ends = {"raw": interval, "temperature_scaled": (0.0, 2 * scaled)}
+    intervals = {kind: {"accuracy": (0.7, 0.9), "ece": found} for kind, found in ends.items()}
+    return replace(report, test=replace(report.test, raw=rows[0], temperature_scaled=rows[1], intervals=intervals))
+
+
+class TestResultsInWords:
+    def test_values_are_told_apart_only_where_their_intervals_do_not_overlap(self):
+        cross_entropy = one_run("cross_entropy", 0.10, (0.08, 0.12), 0.02)
+        text = results_in_words(one_run("adafocal", 0.05, (0.03, 0.07), 0.02), cross_entropy)
+        assert "adafocal has an ECE of 5.00 % (3.00 to 7.00) and cross_entropy 10.00 % (8.00 to 12.00), lower" in text
+        assert "80.00 % (70.00 to 90.00), which their intervals cannot tell apart" in text
+        text = results_in_words(one_run("adafocal", 0.15, (0.13, 0.17), 0.02), cross_entropy)
+        assert "12.00), higher beyond both intervals." in text
+        text = results_in_words(one_run("adafocal", 0.07, (0.05, 0.09), 0.02), cross_entropy)
+        assert "12.00), which their intervals cannot tell apart." in text and text.endswith("one seed on one split.")
+
+    def test_a_folded_temperature_is_named_with_what_it_did(self):
+        text = results_in_words(one_run("adafocal", 0.10, (0.08, 0.12), 0.02, folded=True))
+        assert text == (
+            "A temperature of 2.00 is folded in: ECE 10.00 % (8.00 to 12.00) before, 2.00 % (0.00 to 4.00) after, "
+            "lower beyond both intervals."
+        )
+
+    def test_one_that_is_not_folded_is_said_not_to_be(self):
+        text = results_in_words(one_run("adafocal", 0.10, (0.08, 0.12), 0.02))
+        assert text.startswith("The scores are those of the trained model.")
+
+    def test_after_a_temperature_for_both_the_scaled_values_are_compared(self):
+        ours, theirs = (one_run(loss, 0.1, (0.0, 0.2), ece) for loss, ece in (("adafocal", 0.02), ("focal", 0.01)))
+        text = results_in_words(ours, theirs)
+        assert "With a temperature for both, adafocal has an ECE of 2.00 % (0.00 to 4.00) and focal 1.00 %" in text

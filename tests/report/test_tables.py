@@ -7,7 +7,7 @@ from hf_adafocal.metrics.scores import softmax
 from hf_adafocal.report.facts import ModelFacts
 from hf_adafocal.report.measurement import Collected
 from hf_adafocal.report.schema import build_report
-from hf_adafocal.report.tables import METRICS, comparison_table, markdown, report_table
+from hf_adafocal.report.tables import METRICS, comparison_table, markdown, report_table, results_table
 from hf_adafocal.scaling.fit import Scaling
 
 FACTS = ModelFacts("BertForSequenceClassification")
@@ -93,3 +93,25 @@ class TestComparisonTable:
     def test_runs_without_a_temperature_have_an_empty_cell(self):
         runs = [{"raw": dict.fromkeys(KEYS, 0.1), "temperature_scaled": dict.fromkeys(KEYS, 0.1)}]
         assert cells(comparison_table({"focal": runs}).splitlines()[2])[-1] == ""
+
+
+class TestResultsTable:
+    def test_the_baseline_stands_first_and_accuracy_and_ece_have_their_intervals(self):
+        reports = [
+            build_report(
+                overconfident(100, 0), overconfident(100, 1), model=FACTS, num_resamples=10, loss={"name": name}
+            )
+            for name in ("focal", "brier")
+        ]
+        lines = results_table(*reports).splitlines()
+        titles = ["brier, as trained", "brier, T", "focal, as trained (this checkpoint)", "focal, T"]
+        assert [cells(line)[0].split(" = ")[0] for line in lines[2:]] == titles
+        assert ["(" in cell for cell in cells(lines[2])[1:]] == [True, False, True, False]
+        low, high = (100 * end for end in reports[0].test.intervals["raw"]["ece"])
+        assert cells(lines[4])[3] == f"{100 * reports[0].test.raw['ece']:.2f} ({low:.2f} to {high:.2f})"
+
+    def test_a_run_without_a_baseline_has_its_own_rows_alone(self):
+        report = build_report(overconfident(100, 0), model=FACTS, num_resamples=10)
+        assert [cells(line)[0] for line in results_table(report).splitlines()[2:]] == [
+            "this model, as trained (this checkpoint)"
+        ]

@@ -203,7 +203,7 @@ class TestLaunchers:
     SETTINGS = {
         **{"use_cpu": "true", "disable_tqdm": "true", "num_train_epochs": 2, "save_strategy": "epoch"},
         **{"max_train_samples": 160, "lr_scheduler_type": "constant", "warmup_steps": 0},
-        **{"random_shift": 0, "ddp_find_unused_parameters": "false"},
+        **{"baseline": "none", "ddp_find_unused_parameters": "false"},
     }
 
     def finished(self, folder, launcher: list[str], batch_size: int) -> tuple[list, list, int]:

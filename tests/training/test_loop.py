@@ -487,7 +487,7 @@ class TestExample:
         pytest.importorskip("timm", reason="timm is the extra `vision`")
         module = script()
         model, _, measurements = module.train(*module.parse_arguments([*DIGITS, "--output_dir", str(tmp_path)]))
-        assert len(measurements) == 3 and measurements[-1].statistics.count.sum() == 360
+        assert len(measurements) == 3 and measurements[-1].statistics.count.sum() == 997
         assert capsys.readouterr().out.count("'ada_ece'") == 3
         loaded = AutoModelForImageClassification.from_pretrained(tmp_path)
         assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), model.parameters(), strict=True))
