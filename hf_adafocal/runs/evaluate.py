@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+import torch
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import logging
 

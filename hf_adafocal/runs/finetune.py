@@ -163,7 +163,7 @@ def _prepare(task: Task, args: AdaFocalTrainingArguments) -> tuple[Prepared, Any
 
 
 def _saved_by_trainer(processor: Any) -> Any:
-    """Return the tokenizer or image processor; None for timm's, which stands in config.json and only warns if saved."""
+    """Return the tokenizer or image processor; None for a timm one, whose saving only warns (config.json holds it)."""
     return None if type(processor).__name__ == "TimmWrapperImageProcessor" else processor
 
 
