@@ -115,8 +115,8 @@ def browser(tmp_path_factory):
 def serve(tmp_path_factory):
     """Start the Space of a metric as the Hub does, in an environment without this package; returns its address."""
     needs = [PYTHON, "-c", "import evaluate, gradio; print(gradio.__version__)"]
-    found = subprocess.run(needs, capture_output=True, text=True)
-    if found.returncode:
+    found = subprocess.run(needs, capture_output=True, text=True) if Path(PYTHON).exists() else None
+    if found is None or found.returncode:
         pytest.skip(f"gradio is missing in {PYTHON}: set SPACE_PYTHON to an environment with space_requirements.txt")
     assert found.stdout.strip() == spaces._GRADIO_VERSION
     started = []
