@@ -115,9 +115,10 @@ def finetune(
     trainer.save_model(_internal_call=True)  # it is uploaded with its report, and once
     trainer.save_state()
     dataset = HUB_IDS.get(task.dataset, task.dataset)
-    (examples,) = broadcast_object_list(
-        [make_examples(task, prepared, load_classifier(folder), folder) if trainer.is_world_process_zero() else ()]
-    )
+    examples: tuple[dict[str, Any], ...] = ()
+    if trainer.is_world_process_zero() and not hasattr(trainer.network, "peft_config"):  # a pipeline loads no adapter
+        examples = make_examples(task, prepared, load_classifier(folder), folder)
+    (examples,) = broadcast_object_list([examples])
     parts = {"train": train_split, "calibration": splits.calibration, "test": splits.test}
     report = trainer.write_report(
         splits.test,

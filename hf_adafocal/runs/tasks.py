@@ -136,6 +136,11 @@ class TextTask(Task):
         "per_device_eval_batch_size": 64,
     }
 
+    @property
+    def loading(self) -> dict[str, Any]:
+        """Further arguments of `from_pretrained` for the model."""
+        return {}
+
     def prepare(self, seed: int) -> Prepared:
         """Load and tokenize the data; the tokenizer of a CNN from scratch is trained on the training texts."""
         splits = self.load(seed)
@@ -162,7 +167,7 @@ class TextTask(Task):
 
             def model_init() -> PreTrainedModel:
                 return AutoModelForSequenceClassification.from_pretrained(
-                    checkpoint, num_labels=len(names), ignore_mismatched_sizes=True, **labels
+                    checkpoint, num_labels=len(names), ignore_mismatched_sizes=True, **labels, **self.loading
                 )
 
         encoded = encode_texts(splits, tokenizer, self.max_length, config=config)

@@ -6,6 +6,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_adafocal.data.columns import label_column
+from hf_adafocal.training.model_conventions import base_model
 
 SAMPLES_PER_BIN = 10  # below this a bin's gap is mostly noise
 
@@ -25,15 +26,17 @@ def reject_ignored_arguments(args: TrainingArguments, kwargs: dict) -> None:
         raise ValueError("compute_loss_func would be ignored: pass a loss module as `loss`, or use the stock Trainer.")
 
 
-def check_model(model: Any, label_names: list[str]) -> None:
+def check_model(model: Any, label_names: list[str], processing_class: Any = None) -> None:
     """Check that a model is one of single-label classification: of samples, tokens or pixels.
 
     Args:
         model: The model.
         label_names: What the Trainer takes for labels.
+        processing_class: Its tokenizer, whose padding token the Trainer gives to the model.
 
     Raises:
-        ValueError: If it has other targets, says it has several labels per sample, or has a single output.
+        ValueError: If it has other targets, says it has several labels per sample, or has a single output; if it reads
+            its logits at the last token that is not padding, and there is no padding token.
     """
     name = type(model).__name__
     if not label_names:
@@ -58,6 +61,21 @@ def check_model(model: Any, label_names: list[str]) -> None:
             "AdaFocalTrainer trains classifiers, and num_labels=1 is a regression head. Build the model with "
             "num_labels=2 for two classes, or use the stock Trainer."
         )
+    _check_padding(model, processing_class)
+
+
+def _check_padding(model: Any, tokenizer: Any) -> None:
+    """Classifiers on causal language models, whose head is called `score`, look for the last token of a text."""
+    config = getattr(model, "config", None)
+    if not hasattr(base_model(model), "score") or not hasattr(config, "get_text_config"):
+        return
+    if getattr(config.get_text_config(), "pad_token_id", None) is None:
+        if getattr(tokenizer, "pad_token_id", None) is None:
+            raise ValueError(
+                f"{type(model).__name__} reads its logits at the last token that is not padding, and neither its "
+                "config nor the tokenizer (`processing_class`) has a padding token. Set tokenizer.pad_token = "
+                "tokenizer.eos_token and model.config.pad_token_id = tokenizer.pad_token_id."
+            )
 
 
 def check_label_column(name: str, dataset: Any, model: Any = None) -> None:

@@ -127,7 +127,7 @@ class AdaFocalTrainer(UploadingTrainer):
             eval_dataset=plan.eval_dataset,
             **kwargs,
         )
-        check_model(self.model, self.label_names)
+        check_model(self.model, self.label_names, self.processing_class)
         named = plan.eval_dataset if isinstance(plan.eval_dataset, dict) else {"evaluation": plan.eval_dataset}
         for name, part in {**named, "calibration": plan.calibration_dataset, "training": plan.train_dataset}.items():
             check_label_column(name, part, self.model)
