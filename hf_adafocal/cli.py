@@ -184,6 +184,7 @@ def _parser() -> argparse.ArgumentParser:
         "--include", nargs="+", default=(), metavar="PATTERN", help="push further files, such as '*.onnx', too"
     )
     push.add_argument("--license", help="licence of the checkpoint, as the Hub spells it (apache-2.0, cc-by-4.0, ...)")
+    push.add_argument("--benchmark-task", help="enter the accuracy as a result of this task of a registered benchmark")
     push.add_argument("--include-training-state", action="store_true", help="optimizer state and event files too")
 
     space = verb(
@@ -321,6 +322,7 @@ def _push(options: argparse.Namespace, rest: list[str]) -> int:
         include=options.include,
         include_training_state=options.include_training_state,
         license=options.license,
+        benchmark_task=options.benchmark_task,
     )
     for path, reason in pushed.left_out.items():
         print(f"left out {path}: {reason}")

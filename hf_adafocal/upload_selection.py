@@ -135,7 +135,8 @@ def describes_weights(path: str) -> bool:
         >>> [describes_weights(path) for path in ("model.safetensors", "report.json", "teacher.safetensors")]
         [True, True, False]
     """
-    return "/" not in path and (is_weights(path) or path in ("adapter_config.json", *ABOUT_WEIGHTS))
+    entry = fnmatchcase(path, ".eval_results/*__*.yaml")  # as `report.eval_results` names its entries
+    return entry or ("/" not in path and (is_weights(path) or path in ("adapter_config.json", *ABOUT_WEIGHTS)))
 
 
 def custom_code(folder: str | Path) -> list[str]:

@@ -326,7 +326,11 @@ class _Handler(BaseHTTPRequestHandler):
         answer = {"id": repo_id, "sha": commit.oid, "private": repository.private, "siblings": siblings, "tags": []}
         readme = commit.files.get("README.md")
         front_matter = re.match(r"---\n(.*?)\n---\n", readme.content.decode(), flags=re.DOTALL) if readme else None
-        answer |= {"gated": False, "cardData": yaml.safe_load(front_matter[1]) if front_matter else {}}
+        answer |= {
+            "gated": False,
+            "lastModified": "2020-01-01T00:00:00.000Z",
+            "cardData": yaml.safe_load(front_matter[1]) if front_matter else {},
+        }
         return answer | ({"modelId": repo_id} if kind == "model" else {"sdk": repository.sdk})
 
     def tree(self, _body, kind, repo_id, revision, folder=""):

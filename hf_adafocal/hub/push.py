@@ -6,14 +6,17 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from huggingface_hub import HfApi
 from transformers.utils import logging
 
 from hf_adafocal.checkpoint_files import is_weights
 from hf_adafocal.hub.client import PushResult, checked_token, push_files
+from hf_adafocal.hub.data_sets import look_up_data_set
 from hf_adafocal.report.atomic import write_atomically
 from hf_adafocal.report.card import CARD, PICTURES, START, names_license, with_license, write_card
+from hf_adafocal.report.eval_results import results_of_other_weights
 from hf_adafocal.report.files import FILE, read_report
 from hf_adafocal.report.hub_card import card_without_report
 from hf_adafocal.report.schema import Report
@@ -33,6 +36,7 @@ def push_run(
     include: Sequence[str] = (),
     include_training_state: bool = False,
     license: str | None = None,
+    benchmark_task: str | None = None,
     message: str = "Push a run with hf-adafocal",
 ) -> PushResult:
     """Push the folder of a run as a model: weights, configuration, tokenizer or processor, card, report, pictures.
@@ -58,6 +62,8 @@ def push_run(
         include_training_state: Push what is needed to go on training, too.
         license: Licence of the checkpoint, as the Hub spells it; written into the folder's own card too. If the card
             names none a warning asks for one.
+        benchmark_task: Task of the benchmark under which the accuracy is entered in `.eval_results/`; if left out,
+            that of a registered benchmark whose whole split was measured (`data_sets.look_up_data_set`).
         message: First line of the commit message.
 
     Returns:
@@ -80,12 +86,19 @@ def push_run(
     _check_for_token(selection.files)
     report = _checked_report(folder, selection.files)
     _check_local_paths(folder, selection.files)
+    if benchmark_task is not None and report is None:
+        raise ValueError(
+            f"{folder} holds no card with a report whose accuracy could be entered as {benchmark_task!r}."
+        )
 
     def files(full_id: str) -> dict[str, Path | bytes]:
         if CARD not in selection.files:
             return {**selection.files, **card_without_report(HfApi(token=True), repo_id=full_id, revision=revision)}
-        card = {} if report is None else {CARD: _card_of_repository(folder, report, full_id)}
-        return {**selection.files, **card}
+        if report is None:
+            return {**selection.files}
+        known = look_up_data_set(report, full_id, benchmark_task)
+        card = _card_of_repository(folder, report, full_id, known.language)
+        return {**selection.files, CARD: card, **known.entries}
 
     result = push_files(
         files,
@@ -155,10 +168,13 @@ def _checked_report(folder: Path, files: Mapping[str, Path]) -> Report | None:
         raise ValueError(f"{folder / FILE} {found}. {advice} and its card.")
     if shown and report is None:
         raise ValueError(f"{folder / CARD} shows a calibration report, but {FILE} is missing. {advice} in it.")
+    outdated = results_of_other_weights(files, weights_hash(folder))
+    if outdated:
+        raise ValueError(f"{folder / outdated[0]} is a result of other weights than those in {folder}. Delete it.")
     return report if shown else None
 
 
-def _card_of_repository(folder: Path, report: Report, repo_id: str) -> bytes:
+def _card_of_repository(folder: Path, report: Report, repo_id: str, language: Any) -> bytes:
     """The folder's card, renewed from its report for the repository it goes to."""
     with tempfile.TemporaryDirectory() as parent:
         copy = Path(parent) / folder.resolve().name
@@ -166,7 +182,7 @@ def _card_of_repository(folder: Path, report: Report, repo_id: str) -> bytes:
         for path in folder.iterdir():
             if path.name in (CARD, "config.json", *PICTURES, EXAMPLE) or path.suffix == ".py":
                 shutil.copyfile(path, copy / path.name)
-        write_card(copy, report, repo_id=repo_id)
+        write_card(copy, report, repo_id=repo_id, language=language)
         return (copy / CARD).read_bytes()
 
 

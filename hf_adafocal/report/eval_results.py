@@ -1,7 +1,9 @@
 """Entries of `.eval_results/`, by which the Hub shows a result on the leaderboard of a registered benchmark."""
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -9,31 +11,51 @@ from hf_adafocal.report.atomic import write_atomically
 from hf_adafocal.report.schema import Report
 
 FOLDER = ".eval_results"
+_OF_WEIGHTS = ", weights "  # followed by their hash
 
 
-def write_eval_results(
-    folder: str | Path,
+def write_eval_results(folder: str | Path, report: Report, task_id: str, **options: Any) -> Path:
+    """Write the accuracy of a report as a result on a benchmark; options are those of `eval_results_entry`.
+
+    Args:
+        folder: Of the checkpoint.
+        report: As `eval_results_entry`.
+        task_id: As `eval_results_entry`.
+        **options: As `eval_results_entry`.
+
+    Returns:
+        Path of the file, `.eval_results/<owner>__<data set>.yaml`.
+
+    Raises:
+        ImportError: As `eval_results_entry`.
+        ValueError: As `eval_results_entry`.
+    """
+    name, text = eval_results_entry(report, task_id, **options)
+    path = Path(folder) / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, text)
+    return path
+
+
+def eval_results_entry(
     report: Report,
     task_id: str,
     *,
     dataset_revision: str | None = None,
     source_url: str | None = None,
     source_name: str | None = None,
-) -> Path:
-    """Write the accuracy of a report as a result on a benchmark, with date, revision and source.
-
-    The benchmark's own `eval.yaml` says which tasks it has.
+) -> tuple[str, str]:
+    """The accuracy of a report as a result on a benchmark, with date, revision, source and the hash of the weights.
 
     Args:
-        folder: Of the checkpoint.
         report: Measured on a data set of the Hub.
-        task_id: Task of the benchmark.
+        task_id: Task of the benchmark, as its own `eval.yaml` names it.
         dataset_revision: Commit of the data set, 40 hexadecimal digits.
         source_url: Where the evaluation can be looked up.
         source_name: What that place is called; needs `source_url`.
 
     Returns:
-        Path of the file, `.eval_results/<owner>__<data set>.yaml`.
+        Path in the folder of the checkpoint, `.eval_results/<owner>__<data set>.yaml`, and the text of the file.
 
     Raises:
         ImportError: If huggingface_hub is older than 2.0, which knows no such entries.
@@ -47,6 +69,7 @@ def write_eval_results(
         raise ValueError(f"Only results on a data set of the Hub can be entered as a benchmark's, found {found}.")
     if dataset_revision is not None and not re.fullmatch(r"[0-9a-f]{40}", dataset_revision):
         raise ValueError(f"dataset_revision must be a commit of 40 hexadecimal digits, found {dataset_revision!r}.")
+    notes = f"accuracy in %, ECE {100 * report.metrics['ece']:.2f} %"
     entry = EvalResultEntry(
         dataset_id=source.hub_id,
         task_id=task_id,
@@ -55,9 +78,21 @@ def write_eval_results(
         date=report.date,
         source_url=source_url,
         source_name=source_name,
-        notes=f"accuracy in %, ECE {100 * report.metrics['ece']:.2f} %",
+        notes=notes if report.weights is None else f"{notes}{_OF_WEIGHTS}{report.weights}",
     )
-    path = Path(folder) / FOLDER / f"{source.hub_id.replace('/', '__')}.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False))
-    return path
+    text = yaml.safe_dump(eval_result_entries_to_yaml([entry]), sort_keys=False, width=1000)
+    return f"{FOLDER}/{source.hub_id.replace('/', '__')}.yaml", text
+
+
+def results_of_other_weights(files: Mapping[str, Path], weights: str | None) -> list[str]:
+    """The paths of entries of this package that are of other weights than those of a hash.
+
+    Args:
+        files: Files of a checkpoint by their path in its folder.
+        weights: `weights_hash` of the checkpoint.
+    """
+    found = {}
+    for path, source in files.items():
+        if path.startswith(f"{FOLDER}/"):
+            found[path] = re.search(rf"{_OF_WEIGHTS}([0-9a-f]{{32}})", source.read_text(encoding="utf-8"))
+    return [path for path, match in found.items() if match is not None and match[1] != weights]

@@ -14,6 +14,7 @@ from transformers.utils import logging
 from transformers.utils.hub import PushInProgress
 
 from hf_adafocal.report.card import CARD, START, names_license, without_report
+from hf_adafocal.report.eval_results import results_of_other_weights
 from hf_adafocal.report.files import FILE, read_report
 from hf_adafocal.report.hub_card import card_without_report
 from hf_adafocal.report.weights import weights_hash
@@ -91,6 +92,8 @@ class UploadingTrainer(RecordingTrainer):
     def _presented(self, files: Mapping[str, Path]) -> dict[str, Path | bytes]:
         """The files of the output folder, without a report of other weights."""
         found: dict[str, Path | bytes] = {**files}
+        for path in results_of_other_weights(files, weights_hash(self.folder)):
+            del found[path]
         text = files[CARD].read_text(encoding="utf-8") if CARD in files else ""
         report = read_report(self.folder) if FILE in files else None
         if report is None or report.weights != weights_hash(self.folder):

@@ -7,11 +7,13 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from dataclasses import replace
 
 import huggingface_hub
 import pytest
 import tiny
 import torch
+import yaml
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, pipeline
@@ -19,7 +21,9 @@ from transformers import PreTrainedTokenizerFast, pipeline
 from hf_adafocal.hub.client import PushError, push_files
 from hf_adafocal.hub.push import push_run
 from hf_adafocal.report.card import START, write_card
-from hf_adafocal.report.files import read_report
+from hf_adafocal.report.eval_results import write_eval_results
+from hf_adafocal.report.facts import DataSource
+from hf_adafocal.report.files import read_report, save_report
 
 CARD = """---
 pipeline_tag: text-classification
@@ -297,6 +301,91 @@ class TestCard:
         (run / "report.json").write_text(report.replace('"training": {', f'"training": {{"images": "{run}/images", '))
         with pytest.raises(ValueError, match="report.json names places on this machine"):
             push_run(run, "me/model")
+
+
+BENCHMARK = {
+    "README.md": "---\nlanguage: [de]\ndataset_info:\n  splits: [{name: evaluation, num_examples: 60}]\n---\n",
+    "eval.yaml": "name: News\ntasks:\n- {id: topics, split: evaluation}\n- {id: other, split: train}\n",
+}
+
+
+class TestDataSet:
+    """What the Hub says of the data set behind a report."""
+
+    @pytest.fixture
+    def reported(self, run):
+        save_report(run, replace(read_report(run), evaluated_on=DataSource.of("me/news")))
+        return run
+
+    @staticmethod
+    def entries(hub, repo_id="me/model"):
+        files = hub.model(repo_id).files()
+        return {path: yaml.safe_load(content) for path, content in files.items() if path.startswith(".eval_results")}
+
+    @pytest.fixture(autouse=True)
+    def hub_2(self):
+        if not hasattr(huggingface_hub, "EvalResultEntry"):
+            pytest.skip("huggingface_hub knows no entries of .eval_results before 2.0")
+
+    def test_a_result_on_a_benchmark_is_entered_with_revision_date_and_source(self, local_hub, reported):
+        revision = local_hub.add_dataset("me/news", BENCHMARK)
+        assert push_run(reported, "me/model").new_commit and not push_run(reported, "me/model").new_commit
+        ((path, (entry,)),) = self.entries(local_hub).items()
+        report = read_report(reported)
+        assert path == ".eval_results/me__news.yaml"
+        assert entry["dataset"] == {"id": "me/news", "task_id": "topics", "revision": revision}
+        assert entry["value"] == pytest.approx(100 * report.metrics["accuracy"], abs=1e-3)
+        assert str(entry["date"]) == report.date
+        assert entry["source"]["url"] == f"{local_hub.endpoint}/me/model/blob/main/report.json"
+        assert not list(reported.glob(".eval_results/*"))
+        card = huggingface_hub.ModelCard(local_hub.model("me/model").files()["README.md"].decode())
+        assert card.data.language == ["de"] and card.data.datasets == ["me/news"]
+
+    def test_the_entry_of_weights_that_are_gone_goes_too(self, local_hub, reported):
+        local_hub.add_dataset("me/news", BENCHMARK)
+        push_run(reported, "me/model")
+        del local_hub.repositories["dataset", "me/news"]
+        assert push_run(reported, "me/model").removed == (".eval_results/me__news.yaml",)
+        assert self.entries(local_hub) == {}
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"README.md": "# News\n"},  # as many samples as the split has?
+            {"README.md": BENCHMARK["README.md"].replace("60", "61")},
+            {"eval.yaml": BENCHMARK["eval.yaml"].replace("train", "evaluation")},  # which of the two tasks?
+        ],
+    )
+    def test_where_it_is_not_known_to_be_the_benchmarks_it_is_entered_on_request_alone(
+        self, changes, local_hub, reported, caplog
+    ):
+        local_hub.add_dataset("me/news", BENCHMARK | changes)
+        push_run(reported, "me/model")
+        assert self.entries(local_hub) == {} and "push with `--benchmark-task`" in caplog.text
+        push_run(reported, "me/model", benchmark_task="topics")
+        assert len(self.entries(local_hub)) == 1
+        with pytest.raises(PushError, match="me/news has no task 'topic'; its tasks are topics, other"):
+            push_run(reported, "me/model", benchmark_task="topic")
+
+    def test_a_data_set_that_is_no_benchmark_or_cannot_be_asked_gets_none(self, local_hub, reported, caplog):
+        push_run(reported, "me/model")
+        assert "The data set me/news cannot be looked up" in caplog.text
+        local_hub.add_dataset("me/news", {"README.md": "# News\n"})
+        push_run(reported, "me/model")
+        assert self.entries(local_hub) == {}
+        with pytest.raises(PushError, match="has no task 'topics'; it is no benchmark: it has no eval.yaml"):
+            push_run(reported, "me/model", benchmark_task="topics")
+        local_hub.fail("/api/datasets/", 503, times=9)
+        with pytest.raises(PushError, match="me/news cannot be looked up"):
+            push_run(reported, "me/model", benchmark_task="topics")
+
+    def test_an_entry_in_the_folder_of_other_weights_is_refused(self, local_hub, reported):
+        write_eval_results(reported, replace(read_report(reported), weights="0" * 32), "topics")
+        with pytest.raises(ValueError, match="me__news.yaml is a result of other weights than those in"):
+            push_run(reported, "me/model")
+        write_eval_results(reported, read_report(reported), "topics")
+        push_run(reported, "me/model")
+        assert len(self.entries(local_hub)) == 1
 
 
 class TestFolder:
