@@ -14,6 +14,7 @@ STEP = math.log(2) / CHAINS  # of the logarithm between two nodes, which are at 
 _ROUNDS = NUM_NODES // CHAINS
 _VALUES_AT_ONCE = {"cpu": 1 << 17}  # entries of the temporary array: one that stays in the cache of a processor
 _VALUES_AT_ONCE_ELSEWHERE = 1 << 27
+_JOINED_VALUES = _VALUES_AT_ONCE["cpu"] // CHAINS  # logits of small batches that are summed in one go
 
 
 def inverse_temperatures() -> Tensor:
@@ -72,6 +73,60 @@ def nll_on_grid(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Ten
         found = torch.stack([nll, slope]).where(counted[:, None], 0.0)
         sums += found.sum(1, dtype=wide)
     return sums
+
+
+class SumsOnGrid:
+    """Sums of `nll_on_grid` over the batches of an evaluation.
+
+    Batches of few logits are joined before they are summed, since the cost of a call would exceed that of its numbers.
+
+    Args:
+        ignore_index: Label of samples that do not count.
+
+    >>> sums = SumsOnGrid()
+    >>> for row in ([0.0, 2.0], [1.0, 0.0]):
+    ...     sums.add(torch.tensor([row]), torch.tensor([1]))
+    >>> sums.total()[:, 16]  # log(1 + e^-2) + log(1 + e)
+    tensor([1.4402, 0.4927], dtype=torch.float64)
+    """
+
+    def __init__(self, ignore_index: int = -100) -> None:
+        self.ignore_index = ignore_index
+        self._sums: Tensor | None = None
+        self._waiting: list[tuple[Tensor, Tensor]] = []
+
+    def add(self, logits: Tensor, labels: Tensor) -> None:
+        """Add a batch; logits of shape `(..., C)`, labels of shape `(...)`.
+
+        Raises:
+            ValueError: If the shapes do not fit.
+        """
+        if labels.shape != logits.shape[:-1]:
+            raise ValueError(
+                f"Expected logits (..., C) and labels (...), found {tuple(logits.shape)} and {tuple(labels.shape)}."
+            )
+        waiting = sum(rows.numel() for rows, _ in self._waiting)
+        if waiting + logits.numel() < _JOINED_VALUES:
+            # A copy: a compiled model may write its next output into the same memory.
+            self._waiting.append((logits.detach().flatten(0, -2).clone(), labels.flatten().clone()))
+            return
+        self._sum_waiting()
+        self._sum(logits, labels)
+
+    def total(self) -> Tensor | None:
+        """The sums so far, shape `(2, 33)`; None if no batch was added."""
+        self._sum_waiting()
+        return self._sums
+
+    def _sum_waiting(self) -> None:
+        if self._waiting:
+            logits, labels = zip(*self._waiting, strict=True)
+            self._waiting = []
+            self._sum(torch.cat(logits), torch.cat(labels))
+
+    def _sum(self, logits: Tensor, labels: Tensor) -> None:
+        sums = nll_on_grid(logits, labels, self.ignore_index)
+        self._sums = sums if self._sums is None else self._sums + sums
 
 
 def best_temperature(sums: Tensor, num_samples: int) -> tuple[float, float]:

@@ -1,12 +1,17 @@
 """Reject models, labels and arguments that AdaFocalTrainer cannot train on, before the first step."""
 
-from typing import Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import TrainingArguments
 
 from hf_adafocal.data.columns import label_column
+from hf_adafocal.training.label_checks import check_labels
 from hf_adafocal.training.model_conventions import base_model
+
+if TYPE_CHECKING:
+    from hf_adafocal.training.plan import RunPlan
 
 SAMPLES_PER_BIN = 10  # below this a bin's gap is mostly noise
 
@@ -76,6 +81,27 @@ def _check_padding(model: Any, tokenizer: Any) -> None:
                 "config nor the tokenizer (`processing_class`) has a padding token. Set tokenizer.pad_token = "
                 "tokenizer.eos_token and model.config.pad_token_id = tokenizer.pad_token_id."
             )
+
+
+def check_data_sets(plan: "RunPlan", model: Any, ignore_index: int = -100) -> None:
+    """Check the labels of a run's data sets before it begins: their type, and if there is training, their range.
+
+    Args:
+        plan: Of the run.
+        model: The model.
+        ignore_index: Label that does not count.
+
+    Raises:
+        ValueError: As `check_label_column` and `label_checks.check_labels`.
+    """
+    named = plan.eval_dataset if isinstance(plan.eval_dataset, Mapping) else {"evaluation": plan.eval_dataset}
+    sets = {"training": plan.train_dataset, **named}
+    if not any(part is plan.calibration_dataset for part in named.values()):
+        sets["calibration"] = plan.calibration_dataset
+    for name, part in sets.items():
+        check_label_column(name, part, model)
+    if plan.train_dataset is not None:
+        check_labels(sets, model, ignore_index)
 
 
 def check_label_column(name: str, dataset: Any, model: Any = None) -> None:

@@ -96,6 +96,12 @@ class RunPlan:
         """The plan with another loss, as in a trial of a search."""
         return replace(self, loss=loss)
 
+    def weighted(self, args: TrainingArguments, model: Any) -> "RunPlan":
+        """The plan with the class weights that arguments ask for, counted on the rows that are trained on."""
+        if not self.from_arguments or getattr(args, "class_weights", None) != "balanced":
+            return self
+        return self.with_loss(build_run_loss(args, model, self.train_dataset))
+
     def apart(self, train_dataset: Any, **content: Any) -> "RunPlan":
         """The plan without the training rows that also stand in a held-out set.
 
@@ -148,7 +154,7 @@ def resolve_plan(
         raise TypeError(f"loss must be a module, found {loss!r}: name it in AdaFocalTrainingArguments(loss=...).")
     if loss is not None and ours is not None:
         ours.check_no_loss_settings()
-    built = build_run_loss(args, model, train_dataset) if loss is None else as_classification_loss(loss)
+    built = build_run_loss(args, model) if loss is None else as_classification_loss(loss)
     plan = RunPlan(
         loss=built,
         train_dataset=train_dataset,
@@ -168,8 +174,14 @@ def resolve_plan(
     return plan
 
 
-def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any) -> nn.Module:
-    """Build the loss that arguments describe, with the ignore index of the model and class weights of the data."""
+def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any = None) -> nn.Module:
+    """Build the loss that arguments describe, with the ignore index of the model and class weights of the data.
+
+    Args:
+        args: Training arguments.
+        model: The model.
+        train_dataset: What balanced class weights are counted on; without it they are left out.
+    """
     ignore_index = ModelConventions.of(model).ignore_index
     if not isinstance(args, AdaFocalTrainingArguments):
         return AdaFocalLoss(ignore_index=ignore_index)
@@ -181,7 +193,7 @@ def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any) -> n
         if num_classes is None:
             raise ValueError("class_weights='balanced' needs a model with config.num_labels. Pass a number per class.")
         if train_dataset is None:
-            return args.build_loss(ignore_index=ignore_index)  # nothing will be trained
+            return args.build_loss(ignore_index=ignore_index)
         weight = balanced_class_weights(_labels(train_dataset), num_classes, ignore_index)
     else:
         weight = torch.tensor(weights)

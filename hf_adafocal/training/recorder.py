@@ -12,7 +12,7 @@ from transformers.utils import logging
 from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats, binned
 from hf_adafocal.metrics.histogram import CalibrationHistogram
-from hf_adafocal.scaling.grid import best_temperature, nll_on_grid
+from hf_adafocal.scaling.grid import SumsOnGrid, best_temperature
 from hf_adafocal.training.sample_rows import (
     IGNORED,
     check_counts,
@@ -180,7 +180,7 @@ class EvaluationRecorder:
         self.active, self._of_calibration = True, of_calibration
         self._size = len(dataset) if isinstance(dataset, Sized) else None
         self._collector: Collector | None = None
-        self._grid: Tensor | None = None
+        self._grid = SumsOnGrid(self.ignore_index)
         self._kept: list[Tensor] | None = [] if self.keep_logits else None
         self.logits = None
         if of_calibration:
@@ -202,8 +202,7 @@ class EvaluationRecorder:
         own = self._without_padding(labels)
         if self._of_calibration:
             self._seen_classes.add(own, logits.shape[-1])
-            sums = nll_on_grid(logits, own, self.ignore_index)
-            self._grid = sums if self._grid is None else self._grid + sums
+            self._grid.add(logits, own)
         counted = rows if own is labels else rows.where((own != self.ignore_index)[..., None], IGNORED)
         if self._kept is not None:
             self._keep(logits, own)
@@ -241,10 +240,10 @@ class EvaluationRecorder:
             kept = torch.cat(self._kept)
             self.logits = kept[:, :-1].numpy(), kept[:, -1].long().numpy()
         metrics = collected.metrics(self.num_bins)
-        if self._of_calibration and self._grid is not None:
+        if self._of_calibration and (sums := self._grid.total()) is not None:
             self.calibration = collected
             self._seen_classes.warn_of_missing(self.accelerator, config)
-            temperature, refinement = best_temperature(self._summed(self._grid), len(collected))
+            temperature, refinement = best_temperature(self._summed(sums), len(collected))
             metrics |= {"temperature": temperature, "refinement": refinement}
         return metrics
 

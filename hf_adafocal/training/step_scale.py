@@ -38,6 +38,9 @@ class StepScale:
         """
         trainer = self._trainer
         args, accelerator = trainer.args, trainer.accelerator
+        targets = list(targets)
+        for labels in targets:
+            trainer.check_labels(labels, training=True)  # before they index the class weights
         count = torch.stack([self.count(labels).to(device) for labels in targets]).sum()
         if args.average_tokens_across_devices and args.world_size > 1:
             count = accelerator.gather(count).sum()

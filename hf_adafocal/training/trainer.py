@@ -28,7 +28,8 @@ from hf_adafocal.training.callbacks import (
     saved_adaptive_state,
 )
 from hf_adafocal.training.hub_uploads import UploadingTrainer
-from hf_adafocal.training.input_checks import check_batch, check_label_column, check_model, reject_ignored_arguments
+from hf_adafocal.training.input_checks import check_batch, check_data_sets, check_model, reject_ignored_arguments
+from hf_adafocal.training.label_checks import LabelCheck
 from hf_adafocal.training.model_conventions import FurtherTerms, ModelConventions, logits_of
 from hf_adafocal.training.plan import (
     adaptive_part,
@@ -127,19 +128,18 @@ class AdaFocalTrainer(UploadingTrainer):
             eval_dataset=plan.eval_dataset,
             **kwargs,
         )
+        self.conventions = ModelConventions.of(self.model)
+        ignore_index = getattr(plan.loss, "ignore_index", self.conventions.ignore_index)
         check_model(self.model, self.label_names, self.processing_class)
-        named = plan.eval_dataset if isinstance(plan.eval_dataset, dict) else {"evaluation": plan.eval_dataset}
-        for name, part in {**named, "calibration": plan.calibration_dataset, "training": plan.train_dataset}.items():
-            check_label_column(name, part, self.model)
-        self.plan = plan.apart(self.train_dataset, **self._content())
+        check_data_sets(plan, self.model, ignore_index)
+        self.plan = plan.apart(self.train_dataset, **self._content()).weighted(self.args, self.model)
         self.train_dataset = self.plan.train_dataset
         # compute_loss divides by the number of labels itself, so the Trainer must always count them.
         self.model_accepts_loss_kwargs = True
-        self.conventions = ModelConventions.of(self.model)
-        self.loss = plan.loss.to(self.args.device)
-        ignore_index = getattr(self.loss, "ignore_index", self.conventions.ignore_index)
+        self.loss = self.plan.loss.to(self.args.device)
         self.begin_recording(plan.num_bins, plan.histogram, ignore_index)
         self._further_terms, self._step = FurtherTerms(ignore_index), StepScale(self)
+        self.check_labels = LabelCheck(self.model, ignore_index)
         self.calibration_outcome: CalibrationOutcome | None = None
         self.add_callback(FirstStepCheck(self._check_that_the_loss_trains))
         self.adaptive_callback = self._new_adaptive_callback()
@@ -225,6 +225,7 @@ class AdaFocalTrainer(UploadingTrainer):
                 "strings are dropped by the collator: encode them as integers."
             )
         targets = self.conventions.targets(inputs, self.ignore_index)
+        self.check_labels(targets, model.training)
         if model.training and not self._further_terms.looked and not self.is_fsdp_enabled:
             with self.compute_loss_context_manager():
                 self._further_terms.look(self.network, inputs, targets)

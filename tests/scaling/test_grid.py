@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hf_adafocal.scaling.fit import fit_temperature
-from hf_adafocal.scaling.grid import best_temperature, inverse_temperatures, nll_on_grid
+from hf_adafocal.scaling.grid import SumsOnGrid, best_temperature, inverse_temperatures, nll_on_grid
 
 
 def drawn(size, classes, spread, seed=0):
@@ -60,6 +60,40 @@ class TestSums:
     def test_shapes_that_do_not_fit_are_an_error(self):
         with pytest.raises(ValueError, match=r"found \(3, 2\) and \(2,\)"):
             nll_on_grid(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long))
+
+
+class TestSumsOfBatches:
+    @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.sampled_from([3, 1000]))
+    def test_they_are_those_of_all_samples_whatever_the_batches(self, sizes, classes):
+        logits, labels = drawn(sum(sizes), classes, 2.0)
+        labels[::7] = -100
+        sums = SumsOnGrid()
+        for rows, of_rows in zip(logits.split(sizes), labels.split(sizes), strict=True):
+            sums.add(rows, of_rows)
+        torch.testing.assert_close(sums.total(), nll_on_grid(logits, labels), rtol=1e-6, atol=1e-6)
+        assert torch.equal(sums.total(), sums.total())
+
+    def test_a_batch_may_be_overwritten_after_it_was_added(self):
+        logits, labels = drawn(4, 3, 2.0)
+        expected, sums = nll_on_grid(logits, labels), SumsOnGrid()
+        sums.add(logits, labels)
+        logits.zero_(), labels.zero_()
+        assert torch.equal(sums.total(), expected)
+
+    def test_tokens_and_narrow_types_can_be_mixed(self):
+        logits, labels = drawn(12, 5, 2.0)
+        sums = SumsOnGrid()
+        sums.add(logits[:6].view(2, 3, 5).bfloat16(), labels[:6].view(2, 3))
+        sums.add(logits[6:], labels[6:])
+        both = torch.cat([logits[:6].bfloat16().float(), logits[6:]])
+        torch.testing.assert_close(sums.total(), nll_on_grid(both, labels), rtol=1e-6, atol=1e-6)
+
+    def test_of_no_batch_there_are_none(self):
+        assert SumsOnGrid().total() is None
+
+    def test_shapes_that_do_not_fit_are_an_error_at_once(self):
+        with pytest.raises(ValueError, match=r"found \(3, 2\) and \(2,\)"):
+            SumsOnGrid().add(torch.zeros(3, 2), torch.zeros(2, dtype=torch.long))
 
 
 class TestBestTemperature:

@@ -84,6 +84,19 @@ class TestClassWeights:
         combined = tiny.trainer(tmp_path, train_dataset=data, class_weights="balanced", loss="mmce")
         assert torch.equal(combined.loss.base.weight, run.loss.weight)
 
+    @pytest.mark.parametrize("held_out", [{"eval_dataset": None, "calibration_fraction": 0.25}, {}])
+    def test_balanced_counts_the_rows_that_are_trained_on(self, tmp_path, held_out):
+        labels = [0] * 30 + [1] * 15 + [2] * 3
+        data = Dataset.from_dict({"input_ids": np.random.default_rng(0).integers(1, 40, (48, 5)), "labels": labels})
+        if not held_out:  # rows that stand in the held-out set too are dropped
+            held_out = {"eval_dataset": data.select(range(20, 40))}
+        run = tiny.trainer(tmp_path, train_dataset=data, loss="focal", class_weights="balanced", **held_out)
+        plain = tiny.trainer(tmp_path, train_dataset=data, class_weights="balanced", **held_out)
+        assert len(plain.train_dataset) < 48
+        for found in (run, plain):
+            kept = np.bincount(found.train_dataset["labels"][:])
+            assert found.loss.weight.tolist() == pytest.approx((kept.sum() / (3 * kept)).tolist())
+
     def test_of_tokens_the_labels_that_count_are_balanced(self, tmp_path):
         rows = [[1, 2, 3, 4]] * 6
         labels = [[0, 0, 1, -100]] * 3 + [[0, -100, -100, -100]] * 3  # 9 of class 0, 3 of class 1, none of class 2
