@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
-from transformers import TrainerCallback
+from transformers import TrainerCallback, TrainerControl
+from transformers.trainer_callback import DefaultFlowCallback
 from transformers.trainer_utils import IntervalStrategy
 from transformers.utils import logging
 
@@ -300,12 +301,18 @@ class AdaFocalCallback(AdaptiveStateCallback):
 
 def expected_evaluations(args: Any, state: Any) -> int:
     """How many evaluations a training run makes from its start to its end."""
-    if args.eval_strategy == IntervalStrategy.STEPS:
-        every = state.eval_steps
-        steps = range(every, state.max_steps + 1, every) if every and every >= 1 else ()
-        last = bool(every) and state.max_steps % every != 0  # newer releases also evaluate at the last step
-        return sum(step >= args.eval_delay for step in steps) + last
-    return math.ceil(state.num_train_epochs)
+    epochs = math.ceil(state.num_train_epochs)
+    if args.eval_strategy == IntervalStrategy.NO:
+        return epochs
+    if args.eval_strategy == IntervalStrategy.EPOCH:
+        return sum(epoch >= args.eval_delay for epoch in range(1, epochs + 1))
+    every = state.eval_steps
+    if not every or every < 1:
+        return 0
+    last, control = copy.copy(state), TrainerControl()
+    last.global_step = state.max_steps
+    DefaultFlowCallback().on_step_end(args, last, control)  # releases differ in whether the last step is evaluated
+    return sum(step >= args.eval_delay for step in range(every, state.max_steps, every)) + control.should_evaluate
 
 
 class SmoothingCallback(AdaptiveStateCallback):

@@ -69,6 +69,6 @@ class StepScale:
 
     def share(self, labels: Tensor, items_in_step: Any) -> Any:
         """Factor that turns a mean over a batch into its share of the loss of the step."""
-        if items_in_step is None:
+        if items_in_step is None and self._trainer.plan.reduction != "sum":
             return 1
         return self.count(labels) / self.divisor(items_in_step) * self.factor

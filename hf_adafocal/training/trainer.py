@@ -250,9 +250,10 @@ class AdaFocalTrainer(UploadingTrainer):
 
     def _training_loss(self, logits, labels, num_items_in_batch):
         logits, labels = classes_second(logits, labels)
+        scaled = num_items_in_batch is not None or self.plan.reduction == "sum"
         # Read by training_step of transformers >= 5.20; older releases draw the same conclusion themselves.
-        self.loss_is_scaled_for_ga = num_items_in_batch is not None
-        if num_items_in_batch is None:
+        self.loss_is_scaled_for_ga = scaled
+        if not scaled:
             return self.loss(logits, labels)
         return self.loss(logits, labels, self._step.divisor(num_items_in_batch)) * self._step.factor
 

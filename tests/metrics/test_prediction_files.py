@@ -14,6 +14,7 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.model_selection import train_test_split
 
 from hf_adafocal import cli
+from hf_adafocal.cli import main
 from hf_adafocal.metrics.prediction_files import read_predictions
 from hf_adafocal.metrics.scores import expected_calibration_error, top_label
 
@@ -304,11 +305,11 @@ class TestWhatPeopleHave:
         (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbfconfidence;correct\r\n0.25;1\r\n0.5;0\r\n")
         assert read_predictions(tmp_path / "p.csv")[0].tolist() == [0.25, 0.5]
 
-    def test_a_random_forest_on_iris_has_the_ece_of_its_probabilities(self, tmp_path):
+    def test_a_random_forest_on_iris_has_the_ece_of_its_probabilities(self, tmp_path, capsys):
         features, target = load_iris(return_X_y=True)
         names = load_iris().target_names
         parts = train_test_split(features, target, test_size=0.5, random_state=0, stratify=target)
-        forest = RandomForestClassifier(20, random_state=0).fit(parts[0], parts[2])
+        forest = RandomForestClassifier(random_state=0).fit(parts[0], parts[2])
         probabilities = forest.predict_proba(parts[1])
         header = ",".join([*(f"prob_{name}" for name in names), "label"])
         lines = [
@@ -318,7 +319,9 @@ class TestWhatPeopleHave:
         confidence, correct = read_predictions(tmp_path / "iris.csv")
         expected = top_label(probabilities, parts[3])
         assert (confidence == expected[0]).all() and (correct == expected[1]).all()
-        assert 0 < expected_calibration_error(probabilities, parts[3]) < 0.2
+        assert expected_calibration_error(probabilities, parts[3]) == pytest.approx(0.03213, abs=5e-6)
+        assert main(["gate", "--max-ece", "0.5", str(tmp_path / "iris.csv")]) == 0
+        assert "0.0321" in capsys.readouterr().out
 
 
 def encrypted_zip():

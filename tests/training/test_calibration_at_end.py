@@ -11,6 +11,7 @@ from accelerate import debug_launcher
 from datasets import Dataset
 from transformers import AutoModelForSequenceClassification
 
+from hf_adafocal import AdaFocalTrainer
 from hf_adafocal.scaling.fit import fit_temperature_scaling
 from hf_adafocal.scaling.folding import recorded_scaling
 from hf_adafocal.training import calibration_at_end as module
@@ -110,6 +111,46 @@ class TestFolding:
         assert summed.calibration_outcome.scaling.nll_after == pytest.approx(
             exact.calibration_outcome.scaling.nll_after, abs=1e-3
         )
+
+
+class TestSeveralRuns:
+    def test_each_trial_of_a_search_is_judged_by_the_calibrated_model_and_disturbs_no_other(self, tmp_path):
+        optuna = pytest.importorskip("optuna", reason="optuna (extra `dev`) proposes the trials")
+        optuna.logging.set_verbosity(optuna.logging.CRITICAL)
+        rates, outcomes = [1e-2, 5e-3], []
+
+        class Watched(AdaFocalTrainer):
+            def train(self, *args, **kwargs):
+                outcome = super().train(*args, **kwargs)
+                outcomes.append((self.args.learning_rate, self.calibration_outcome, self.evaluate()["eval_loss"]))
+                return outcome
+
+        settings = {"loss": "cross_entropy", "calibrate_at_end": True, "num_train_epochs": 6}
+        sets = {"train_dataset": clean_data(), "eval_dataset": HELD_OUT}
+        grid = {"learning_rate": rates}
+        search = Watched(args=tiny.arguments(tmp_path, **settings), model_init=lambda: tiny.bert(), **sets)
+        best = search.hyperparameter_search(
+            lambda trial: {"learning_rate": trial.suggest_categorical("learning_rate", rates)},
+            n_trials=2,
+            backend="optuna",
+            sampler=optuna.samplers.GridSampler(grid, seed=0),
+        )
+        assert sorted(rate for rate, _, _ in outcomes) == sorted(rates)
+        for rate, outcome, nll in outcomes:
+            args = tiny.arguments(tmp_path, **settings, learning_rate=rate)
+            alone = AdaFocalTrainer(args=args, model_init=lambda: tiny.bert(), **sets)
+            alone.train()
+            assert outcome.folded and outcome.scaling == alone.calibration_outcome.scaling  # to the bit
+            assert nll == pytest.approx(outcome.scaling.nll_after, abs=1e-4)
+        assert best.objective == min(nll for _, _, nll in outcomes)
+
+    def test_training_again_moves_on_from_the_calibrated_model(self, tmp_path, log):
+        run = build(tmp_path)
+        run.train()
+        first = run.calibration_outcome
+        run.train()
+        assert "has a scaling folded into its head; training moves on from there" in log.text
+        assert run.calibration_outcome != first and recorded_scaling(run.model) == run.calibration_outcome.scaling
 
 
 class TestEvidence:

@@ -80,6 +80,9 @@ class TestWhen:
             {"eval_strategy": "no"},
             {"eval_strategy": "steps", "eval_steps": 4},
             {"eval_strategy": "steps", "eval_steps": 0.25},
+            {"eval_strategy": "steps", "eval_steps": 5},  # 12 steps: newer releases evaluate the last one too
+            {"eval_strategy": "steps", "eval_steps": 3, "eval_delay": 5},
+            {"num_train_epochs": 4, "eval_delay": 3},
             {"max_steps": 7},
             {"eval_strategy": "no", "max_steps": 7},
         ],

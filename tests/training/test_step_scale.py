@@ -146,6 +146,13 @@ class TestSum:
         mean = update(tmp_path, learning_rate=0.16, max_grad_norm=clip / 8, **settings)
         assert relative(summed, mean) < 1e-3
 
+    def test_without_a_count_of_the_step_it_is_the_sum_too(self, tmp_path):
+        run = tiny.trainer(tmp_path, loss="cross_entropy", loss_reduction="sum")
+        batch = run.data_collator([run.train_dataset[index] for index in range(5)])
+        run.model.train()
+        expected = torch.nn.functional.cross_entropy(run.model(batch["input_ids"]).logits, batch["labels"])
+        assert run.compute_loss(run.model, batch).item() == pytest.approx(5 * expected.item(), rel=1e-5)
+
     def test_the_logged_loss_is_the_sum_and_the_evaluation_the_mean(self, tmp_path):
         runs = [
             tiny.trainer(tmp_path, loss="cross_entropy", loss_reduction=reduction, learning_rate=0.0)
