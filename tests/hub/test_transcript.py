@@ -19,7 +19,18 @@ pytest.importorskip("timm", reason="timm is the extra `vision`")
 
 pytestmark = pytest.mark.slow
 SCRIPTS = Path(__file__).parents[2] / "scripts"
-SHORT = ["--use_cpu", "true", "--disable_tqdm", "true", "--push_to_hub", "true", "--calibrate_at_end", "true"]
+SHORT = [
+    "--baseline",
+    "none",
+    "--use_cpu",
+    "true",
+    "--disable_tqdm",
+    "true",
+    "--push_to_hub",
+    "true",
+    "--calibrate_at_end",
+    "true",
+]
 # A visitor has transformers and not this package.
 VISITOR = "import sys; sys.modules['hf_adafocal'] = None\n"
 SCORES = """
