@@ -116,20 +116,29 @@ def at_chance(report: Report) -> bool:
 
 
 def decision(report: Report) -> str:
-    """What to take instead, where a baseline of the same comparison is better calibrated; else nothing."""
-    values = report.metrics
-    better = {title: found for title, found in report.baselines.items() if found["ece"] < values["ece"]}
+    """What to take instead, where a baseline is better calibrated or, beyond the interval, more accurate."""
+    values, ends = report.metrics, report.test.intervals.get(report.shipped, {})
+    highest = ends.get("accuracy", (values["accuracy"],))[-1]
+    better = {
+        title: found
+        for title, found in report.baselines.items()
+        if found["ece"] < values["ece"] or found["accuracy"] > highest
+    }
     if not better:
         return ""
-    title, found = min(better.items(), key=lambda entry: entry[1]["ece"])
-    low = report.test.intervals.get(report.shipped, {}).get("ece", (None,))[0]
-    noise = low is not None and found["ece"] >= low
+    title, found = min(better.items(), key=lambda entry: (entry[1]["accuracy"] <= highest, entry[1]["ece"]))
     text = (
         f"**Which to take:** on the same split {escape(title)} has an ECE of {_percent(found['ece'])} % at "
         f"{_percent(found['accuracy'])} % accuracy, this model {_percent(values['ece'])} % at "
         f"{_percent(values['accuracy'])} %."
     )
-    if noise:
+    lowest_error, highest_error = ends.get("ece", (values["ece"], values["ece"]))
+    if found["accuracy"] > highest and found["ece"] <= highest_error:
+        even = "" if found["ece"] < lowest_error else " as far as these samples tell"
+        return f"{text} The other one is more accurate, beyond the interval, and no worse calibrated{even}: take that."
+    if found["accuracy"] > highest:
+        return f"{text} Take the other one where accuracy matters more than confidence."
+    if "ece" in ends and found["ece"] >= lowest_error:
         return f"{text} The difference lies inside the interval: there is no evidence for either."
     if found["accuracy"] >= values["accuracy"]:
         return f"{text} The other one is better in both: take that."

@@ -176,6 +176,18 @@ class TestText:
         assert "there is no evidence for either" in close
         assert "Which to take" not in card(report(baselines={"x": {**better, "ece": 0.9}})).text
 
+    def test_a_baseline_that_is_more_accurate_beyond_the_interval_is_named_too(self):
+        facts = report()
+        base, (_, high) = facts.test.raw, facts.test.intervals["raw"]["accuracy"]
+        highest_error = facts.test.intervals["raw"]["ece"][1]
+        accurate = {**base, "accuracy": high + 0.01}
+        rows = {"worse": {**accurate, "ece": highest_error + 0.1}, "even": {**accurate, "ece": base["ece"] + 0.001}}
+        text = card(report(baselines=rows)).text
+        assert "on the same split even has an ECE of" in text
+        assert "more accurate, beyond the interval, and no worse calibrated as far as these samples tell: take" in text
+        text = card(report(baselines={"worse": rows["worse"]})).text
+        assert "Take the other one where accuracy matters more than confidence." in text
+
     def test_it_says_what_adapted_and_where_it_ended(self):
         assert "moved 2 times, by the calibration gap on the calibration split; it ended between -0.25 and 2.50." in (
             card(report()).text
