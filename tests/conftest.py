@@ -1,5 +1,6 @@
 """What every test shares: one thread, one seed, the numbers of the authors' own code, samples of real data."""
 
+import gc
 import importlib
 import json
 import os
@@ -15,6 +16,7 @@ from local_hub import LocalHub
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+gc.disable()  # until the tests are collected
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
 
@@ -25,6 +27,12 @@ TESTS = Path(__file__).parent
 def pytest_xdist_auto_num_workers(config):
     """At most four processes for `-n auto`: each takes more than a gigabyte and a while to start."""
     return min(4, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def pytest_collection_finish():
+    """Keep imports out of garbage collections: `Trainer.train` asks for one, half of the time of a tiny run."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(items):

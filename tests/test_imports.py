@@ -1,6 +1,7 @@
 """The architecture: which module may import which, and what an import costs."""
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -115,12 +116,28 @@ class TestImportCost:
         assert not loaded_by("from hf_adafocal import AdaFocalLoss") & {"transformers", "datasets"}
 
 
-class TestPublicNames:
-    def test_every_public_name_resolves(self):
-        import hf_adafocal
+PACKAGES = ["hf_adafocal", *(f"hf_adafocal.{stub.parent.name}" for stub in sorted(PACKAGE.glob("*/__init__.pyi")))]
 
-        for name in hf_adafocal.__all__:
-            assert getattr(hf_adafocal, name) is not None
+
+class TestPublicNames:
+    @pytest.mark.parametrize("package", PACKAGES)
+    def test_every_public_name_resolves(self, package):
+        module = importlib.import_module(package)
+        assert len(module.__all__) > 2 and dir(module) == module.__all__
+        for name in module.__all__:
+            assert getattr(module, name) is not None
+
+    @pytest.mark.slow  # without a cache mypy reads torch and transformers
+    def test_type_checkers_see_the_class_itself(self, tmp_path):
+        api = pytest.importorskip("mypy.api", reason="mypy is of the extra `dev`")
+        names = ("AdaFocalTrainer", "calibration_report")
+        code = f"from hf_adafocal import {', '.join(names)}" + "".join(f"; reveal_type({name})" for name in names)
+        (tmp_path / "user.py").write_text(code + "\n")
+        output, errors, _ = api.run(
+            ["--config-file", str(PACKAGE.parent / "pyproject.toml"), str(tmp_path / "user.py")]
+        )
+        assert "-> hf_adafocal.training.trainer.AdaFocalTrainer" in output, output + errors
+        assert "-> dict[str, float | int]" in output
 
     def test_an_unknown_name_is_an_attribute_error(self):
         import hf_adafocal

@@ -246,13 +246,16 @@ class TestScripts:
     @pytest.mark.parametrize(
         "launcher",
         [
-            ["torch.distributed.run", "--nproc_per_node", "2"],
-            [
-                *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-                *("--mixed_precision", "no", "--dynamo_backend", "no"),
-            ],
+            pytest.param(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], id="torchrun"),
+            pytest.param(
+                [
+                    *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+                    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+                ],
+                id="accelerate",
+                marks=pytest.mark.slow,
+            ),
         ],
-        ids=["torchrun", "accelerate"],
     )
     def test_two_processes_write_one_report_and_print_one_table(self, tmp_path, launcher):
         script = [str(SCRIPTS / "train_vision.py"), *QUICK, "--baseline", "none", "--output_dir", str(tmp_path)]

@@ -1,6 +1,5 @@
 """A run that stops at a checkpoint and goes on is the run that did not stop, to the bit."""
 
-import gc
 import inspect
 import json
 import math
@@ -27,14 +26,6 @@ STRATEGIES = {
     "stopped within an epoch": {"eval_strategy": "epoch", "save_steps": 5, "max_steps": 10},
     "a loss without a table": {"eval_strategy": "epoch", "save_steps": 6, "loss": "focal"},
 }
-
-
-@pytest.fixture(scope="module", autouse=True)
-def frozen_imports():
-    """Each `train` collects garbage; it need not look at all that was imported."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def loads_the_optimizer_onto_a_numbered_cpu() -> bool:

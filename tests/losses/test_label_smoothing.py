@@ -1,0 +1,45 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from loss_cases import batch
+
+from hf_adafocal.losses import (
+    LabelSmoothingLoss,
+)
+
+
+class TestLabelSmoothingLoss:
+    @pytest.mark.parametrize("smoothing", [0.0, 0.05, 0.5])
+    def test_it_is_that_of_pytorch(self, smoothing):
+        logits, labels = batch()
+        weight = torch.rand(6)
+        ours = LabelSmoothingLoss(smoothing, weight=weight)(logits, labels)
+        torch.testing.assert_close(ours, F.cross_entropy(logits, labels, weight=weight, label_smoothing=smoothing))
+
+    def test_below_zero_it_goes_on_in_a_straight_line(self):
+        logits, labels = batch()
+        low, zero, high = (LabelSmoothingLoss(eps)(logits, labels) for eps in (-0.1, 0.0, 0.1))
+        torch.testing.assert_close(zero - low, high - zero)
+
+    def test_a_compiled_loss_sees_a_change_of_the_smoothing(self):
+        torch.compiler.reset()
+        loss_fn = LabelSmoothingLoss()
+        compiled = torch.compile(loss_fn, fullgraph=True, backend="eager")
+        logits, labels = batch()
+        before = compiled(logits, labels)
+        loss_fn.set_smoothing(-0.1)
+        assert compiled(logits, labels) != before
+        torch.testing.assert_close(compiled(logits, labels), loss_fn(logits, labels))
+
+    def test_a_smoothing_out_of_range_is_an_error_and_changes_nothing(self):
+        loss_fn = LabelSmoothingLoss(0.2)
+        with pytest.raises(ValueError, match=r"smoothing must lie in \[-0.1, 0.5\], found 0.6"):
+            loss_fn.set_smoothing(0.6)
+        assert repr(loss_fn) == "LabelSmoothingLoss(smoothing=0.2)"
+        with pytest.raises(ValueError, match="found -0.2"):
+            LabelSmoothingLoss(-0.2)
+
+    def test_the_smoothing_round_trips_through_state_dict(self):
+        fresh = LabelSmoothingLoss()
+        fresh.load_state_dict(LabelSmoothingLoss(0.3).state_dict())
+        assert fresh.smoothing.item() == pytest.approx(0.3)
