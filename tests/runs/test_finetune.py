@@ -1,4 +1,6 @@
+import contextlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +9,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from accelerate import debug_launcher
 from datasets import Dataset
 from transformers import AutoImageProcessor, AutoModelForImageClassification, BertTokenizerFast, pipeline
 
@@ -242,22 +245,33 @@ class TestFinetune:
         assert finetune(task, args).training["learning_rate"] == 5e-5
 
 
+def train_and_keep_what_is_printed(folder) -> None:
+    torch.set_num_threads(1)
+    with open(folder / f"printed-{os.environ['RANK']}", "w") as printed, contextlib.redirect_stdout(printed):
+        train(ImageTask, [*QUICK, "--output_dir", str(folder), "--baseline", "none"])
+
+
 class TestScripts:
+    def test_two_processes_write_one_report_and_print_one_table(self, tmp_path):
+        debug_launcher(train_and_keep_what_is_printed, args=(tmp_path,), num_processes=2)
+        printed = [(tmp_path / f"printed-{rank}").read_text().count("adafocal, as trained") for rank in range(2)]
+        assert printed == [1, 0]
+        report = json.loads((tmp_path / "report.json").read_text())
+        assert report["training"]["batch_size"] == 2 * 32 and sizes(report)["test"] == 997
+
+    @pytest.mark.slow
     @pytest.mark.parametrize(
         "launcher",
         [
-            pytest.param(["torch.distributed.run", "--standalone", "--nproc_per_node", "2"], id="torchrun"),
-            pytest.param(
-                [
-                    *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
-                    *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
-                ],
-                id="accelerate",
-                marks=pytest.mark.slow,
-            ),
+            ["torch.distributed.run", "--standalone", "--nproc_per_node", "2"],
+            [
+                *("accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"),
+                *("--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"),
+            ],
         ],
+        ids=["torchrun", "accelerate"],
     )
-    def test_two_processes_write_one_report_and_print_one_table(self, tmp_path, launcher):
+    def test_the_script_under_a_launcher_writes_one_report_and_prints_one_table(self, tmp_path, launcher):
         script = [str(SCRIPTS / "train_vision.py"), *QUICK, "--baseline", "none", "--output_dir", str(tmp_path)]
         environment = {
             "OMP_NUM_THREADS": "1",
