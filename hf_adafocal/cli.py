@@ -48,7 +48,7 @@ class _Verb(argparse.ArgumentParser):
 
 
 class _Version(argparse.Action):
-    """Print the version, which costs a look into the installed distribution, and exit."""
+    """Print the version, read from the installed distribution only when asked for, and exit."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         from importlib.metadata import version

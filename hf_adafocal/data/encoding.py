@@ -102,7 +102,7 @@ def encode_images(
 
 
 def _check_depth(train: Dataset) -> None:
-    """Say so if training images have more than 8 bits, and if their values look like 8 bits after all."""
+    """Warn if training images have more than 8 bits per channel, above all if they hold unscaled 8-bit values."""
     images = train.with_format(None)[: min(CHECKED_IMAGES, len(train))]["image"]
     if looks_like_eight_bits(images):
         logger.warning(

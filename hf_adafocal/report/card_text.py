@@ -186,7 +186,7 @@ def splits_sentence(report: Report) -> str:
 
 
 def overlap_sentences(report: Report) -> list[str]:
-    """Rows that splits share, that were dropped, or that nobody looked for."""
+    """State how many rows splits share or were dropped, or that this was not checked."""
     overlap, sentences = report.overlap, []
     shared = [f"{rows} rows of {escape(pair)}" for pair, rows in overlap.get("rows", {}).items() if rows]
     dropped = overlap.get("dropped", 0)

@@ -70,7 +70,7 @@ def check_model(model: Any, label_names: list[str], processing_class: Any = None
 
 
 def _check_padding(model: Any, tokenizer: Any) -> None:
-    """Classifiers on causal language models, whose head is called `score`, look for the last token of a text."""
+    """Check that there is a padding token if the model finds the last token of a text by it (its head is `score`)."""
     config = getattr(model, "config", None)
     if not hasattr(base_model(model), "score") or not hasattr(config, "get_text_config"):
         return

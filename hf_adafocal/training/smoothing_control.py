@@ -113,7 +113,7 @@ def gain_of_update(gain: float, update: int, updates: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """When a run looks at which calibration samples; a function of the run's length alone, so that it resumes.
+    """At which steps a run measures which calibration samples; a function of its length alone, so that it can resume.
 
     Attributes:
         steps: Optimizer steps after which the knob moves, ascending.

@@ -159,7 +159,7 @@ class AdaFocalTrainer(UploadingTrainer):
         return evaluated_as(self.calibration_dataset, self.eval_dataset)
 
     def _content(self) -> dict[str, Any]:
-        """What makes two rows the same: the columns the model takes, without special tokens."""
+        """Return the columns by which rows are compared (those the model takes) and special tokens to leave out."""
         content: dict[str, Any] = {"blank_tokens": getattr(self.processing_class, "all_special_ids", ())}
         if self.args.remove_unused_columns:
             self._set_signature_columns_if_needed()

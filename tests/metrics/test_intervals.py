@@ -9,7 +9,13 @@ from hypothesis import strategies as st
 
 from hf_adafocal.metrics.binning import binned
 from hf_adafocal.metrics.classwise import classwise_calibration_error
-from hf_adafocal.metrics.intervals import Interval, calibration_error_interval, classwise_error_interval
+from hf_adafocal.metrics.intervals import (
+    Interval,
+    _count_below,
+    calibration_error_interval,
+    classwise_error_interval,
+    count_above,
+)
 from hf_adafocal.metrics.scores import calibration_error, softmax
 
 NORMS = ("l1", "l2", "max")
@@ -62,6 +68,15 @@ def normal_bounds(confidence, correct, value, occupied, tail):
     above = means - scipy.stats.norm.ppf(tail) * np.sqrt(np.maximum(moment - means**2, 0) / size)
     below = value + scipy.stats.norm.ppf(tail / 2**occupied) * math.sqrt(max(moment - value**2, 0) / size)
     return below, above.max()
+
+
+@pytest.mark.parametrize("tail", [0.025, 0.2])
+@pytest.mark.parametrize("size", [1, 2, 10])
+def test_counts_have_the_exact_bounds_of_their_mean(size, tail):
+    events = np.arange(size + 1.0)
+    low, high = events - _count_below(events, size, math.log(tail)), events + count_above(events, size, tail)
+    expected = np.array([clopper_pearson(count, size, tail) for count in events])
+    np.testing.assert_allclose(np.column_stack([low, high]), expected, rtol=1e-9)
 
 
 class TestCalibrationErrorInterval:

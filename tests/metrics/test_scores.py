@@ -1,3 +1,4 @@
+import inspect
 import math
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import sklearn.metrics
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hf_adafocal import metrics
 from hf_adafocal.metrics import validation as checks
 from hf_adafocal.metrics.binning import equal_mass_edges, equal_width_edges
 from hf_adafocal.metrics.classwise import class_adaptive_calibration_error, classwise_calibration_error
@@ -161,6 +163,9 @@ class TestNegativeLogLikelihood:
         assert negative_log_likelihood(probabilities, [1]) == pytest.approx(nats, abs=0.1)
         assert negative_log_likelihood(probabilities, [0]) == 0
 
+    def test_a_probability_that_rounding_put_above_one_costs_nothing(self):
+        assert negative_log_likelihood(np.array([[1 + 1e-6, 0.0]]), [0]) == 0
+
 
 class TestBrierScore:
     def test_it_equals_the_slow_loop_and_scikit_learn(self):
@@ -300,7 +305,11 @@ class TestExpectedCalibrationError:
         expected = reference.expected_calibration_error(*predictions(), num_bins)
         assert expected_calibration_error(*predictions(), num_bins) == pytest.approx(expected)
 
-    def test_it_has_15_bins_unless_told(self):
+    def test_it_has_15_bins_unless_told_and_so_has_every_metric(self):
+        functions = [getattr(metrics, name) for name in metrics.__all__]
+        signatures = [inspect.signature(function).parameters for function in functions if callable(function)]
+        defaults = [parameters["num_bins"].default for parameters in signatures if "num_bins" in parameters]
+        assert len(defaults) >= 19 and set(defaults) <= {15, inspect.Parameter.empty}
         assert expected_calibration_error(*predictions()) == expected_calibration_error(*predictions(), 15)
 
     def test_a_perfectly_calibrated_predictor_has_almost_none(self):
