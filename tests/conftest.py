@@ -30,14 +30,19 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_finish():
-    """Keep imports out of garbage collections: `Trainer.train` asks for one, half of the time of a tiny run."""
-    gc.freeze()
     gc.enable()
 
 
 def pytest_collection_modifyitems(items):
     """Modules that fork go first: once a compiled loss has run backward, autograd refuses to run in a fork."""
     items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "debug_launcher"))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_out_of_garbage_collections():
+    """`Trainer.train` asks for a collection, most of the time of a tiny run if it looks at all that was imported."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True)
