@@ -67,6 +67,7 @@ class TestCommands:
             (["compare", "vision", "--losses", "focal", "focal"], "Each loss counts once, found focal more than once"),
             (["compare", "vision", "--seeds", "0", "0"], "Each seed counts once, found 0 more than once"),
             (["compare", "vision", "--losses", "hinge"], "losses must be among"),
+            (["compare", "vision", "--push_to_hub", "true"], "A comparison pushes none of its runs"),
             (["train", "vision", "--no_such_thing", "1"], "--no_such_thing"),
             (["gate", "nowhere.parquet", "--max-ece", "0.1"], "nowhere.parquet"),
             (["card", "."], "holds no report.json"),

@@ -90,6 +90,11 @@ def _check_names(losses: Sequence[str], seeds: Sequence[int], arguments: Sequenc
         name = word.partition("=")[0].replace("-", "_").replace("__", "--", 1)
         if name in OWN_ARGUMENTS:
             raise ValueError(f"A comparison sets {name} for each run itself: use --losses, --seeds and --folder.")
+        if name in (
+            "--push_to_hub",
+            "--hub_model_id",
+        ):  # each run would replace the one before, and lack its baselines
+            raise ValueError(f"A comparison pushes none of its runs, found {name}: push one with `hf-adafocal push`.")
 
 
 def _finished(task: Task, args: AdaFocalTrainingArguments, contents: dict[int, dict[str, str]]) -> Report | None:
