@@ -51,6 +51,15 @@ def log(caplog):
     return caplog
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One run twice, without and with a temperature at its end."""
+    found = [build(tmp_path_factory.mktemp("run"), calibrate_at_end=folds) for folds in (False, True)]
+    for run in found:
+        run.train()
+    return found
+
+
 class TestFolding:
     def test_the_best_temperature_is_folded_and_recorded_where_the_evidence_supports_it(self, tmp_path, log):
         plain, run = build(tmp_path, calibrate_at_end=False), build(tmp_path)
@@ -67,9 +76,8 @@ class TestFolding:
         entry = next(entry for entry in run.state.log_history if "calibration_folded" in entry)
         assert entry["calibration_folded"] == 1 and entry["calibration_temperature"] == pytest.approx(temperature)
 
-    def test_what_is_saved_and_evaluated_afterwards_is_calibrated(self, tmp_path):
-        run = build(tmp_path)
-        run.train()
+    def test_what_is_saved_and_evaluated_afterwards_is_calibrated(self, runs, tmp_path):
+        _, run = runs
         after = run.evaluate()
         assert after["eval_temperature"] == pytest.approx(1, rel=0.01)
         assert after["eval_nll"] == pytest.approx(after["eval_refinement"], abs=1e-3)
@@ -78,9 +86,8 @@ class TestFolding:
         assert recorded_scaling(loaded.config) == run.calibration_outcome.scaling
         assert torch.equal(logits_of(loaded)[0], logits_of(run.model)[0])
 
-    def test_the_report_keeps_both_rows_and_the_card_the_shipped_one(self, tmp_path):
-        plain, run = build(tmp_path / "plain", calibrate_at_end=False), build(tmp_path / "folded")
-        plain.train(), run.train()
+    def test_the_report_keeps_both_rows_and_the_card_the_shipped_one(self, runs):
+        plain, run = runs
         test = tiny.token_dataset(90, seed=4)
         expected, report = (found.write_report(test, num_resamples=10) for found in (plain, run))
         assert report.folded and report.shipped == "temperature_scaled" and not expected.folded
@@ -90,9 +97,8 @@ class TestFolding:
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4)
         assert report.metrics["nll"] == pytest.approx(run.evaluate(test)["eval_nll"], rel=1e-5)
 
-    def test_it_costs_no_training(self, tmp_path):
-        plain, run = build(tmp_path, calibrate_at_end=False), build(tmp_path)
-        plain.train(), run.train()
+    def test_it_costs_no_training(self, runs):
+        plain, run = runs
         logs = [[entry for entry in found.state.log_history if "loss" in entry] for found in (plain, run)]
         assert [entry["loss"] for entry in logs[0]] == [entry["loss"] for entry in logs[1]]
 
@@ -101,9 +107,8 @@ class TestFolding:
         run.train()
         assert run.calibration_outcome.scaling.num_samples == 30 and run.adaptive_callback.updates == 6
 
-    def test_more_logits_than_can_be_kept_give_nearly_the_same_temperature(self, tmp_path, monkeypatch):
-        exact, summed = build(tmp_path), build(tmp_path)
-        exact.train()
+    def test_more_logits_than_can_be_kept_give_nearly_the_same_temperature(self, runs, tmp_path, monkeypatch):
+        exact, summed = runs[1], build(tmp_path)
         monkeypatch.setattr(recorder, "MOST_LOGITS", 5)
         summed.train()
         found, expected = (1 / run.calibration_outcome.scaling.scale for run in (summed, exact))
