@@ -99,7 +99,7 @@ def train(task, args):
     if accelerator.num_processes != int(os.environ.get("WORLD_SIZE", 1)):
         raise ValueError("The launcher's processes do not know of each other; without GPUs, pass --use_cpu.")
     with accelerator.main_process_first():
-        splits, model_init, processing_class, collate, _ = task.prepare(args.seed)
+        splits, model_init, processing_class, collate = task.prepare(args.seed)[:4]
     set_seed(args.seed, device_specific=True)  # dropout differs between processes; DDP copies the first one's weights
 
     train_set = SeededReads(splits.train, args.seed)
