@@ -127,10 +127,11 @@ class AdaptiveStateCallback(SaveAfterEvaluation):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Restore the best checkpoint's table if its weights were loaded."""
-        best = state.best_model_checkpoint
-        if not args.load_best_model_at_end or best is None:
+        if not args.load_best_model_at_end:
             return
-        saved = _read_on_main_process(best, state.is_world_process_zero)
+        best, saved = _best_on_main_process(state)
+        if best is None:
+            return
         if saved is None:
             logger.warning(f"{best} has no table of the loss, so it stays that of step {state.global_step}.")
             return
@@ -327,6 +328,7 @@ class SmoothingCallback(AdaptiveStateCallback):
         every: Optimizer steps from one update to the next; from the run's length if left out.
         samples: Calibration samples of one update; from the run's length if left out.
         log: As in `AdaptiveStateCallback`; the temperature of each slice is logged too.
+        processes: That see batches of their own; all of the run if left out.
     """
 
     def __init__(
@@ -338,22 +340,24 @@ class SmoothingCallback(AdaptiveStateCallback):
         every: int | None = None,
         samples: int | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
+        processes: int | None = None,
     ) -> None:
         super().__init__(loss, log)
-        self.measure, self.calibration_size = measure, calibration_size
+        self.measure, self.calibration_size, self.processes = measure, calibration_size, processes
         self.gain, self.every, self.samples = gain, every, samples
         self.schedule = Schedule((), 1)
 
     def on_train_begin(self, args, state, control, **kwargs):
         """Restore the state, and schedule the updates of the run."""
         super().on_train_begin(args, state, control, **kwargs)
+        processes = args.world_size if self.processes is None else self.processes
         self.schedule = schedule(
             state.max_steps,
-            args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            args.train_batch_size * args.gradient_accumulation_steps * processes,
             self.calibration_size,
             self.every,
             self.samples,
-            args.world_size,
+            processes,
         )
         if not self.schedule.steps:
             logger.warning(
@@ -380,15 +384,19 @@ class SmoothingCallback(AdaptiveStateCallback):
         control.should_log = should_log
 
 
-def _read_on_main_process(checkpoint: str, is_main: bool) -> Any:
-    """The adaptive state in a checkpoint, read where it was written: machines need not share a disk."""
-    found: list[Any] = [None]
-    if is_main:
+def _best_on_main_process(state: Any) -> tuple[str | None, Any]:
+    """The best checkpoint and its adaptive state, read where they were written: machines need not share a disk.
+
+    Other machines do not even know the checkpoint, because the Trainer notes only one that it sees.
+    """
+    found: list[Any] = [None, None]
+    best = state.best_model_checkpoint
+    if state.is_world_process_zero and best is not None:
         try:
-            found = [saved_adaptive_state(checkpoint)]
+            found = [best, saved_adaptive_state(best)]
         except ValueError as error:
-            found = [error]
-    broadcast_object_list(found)
-    if isinstance(found[0], ValueError):
-        raise found[0]
-    return found[0]
+            found = [best, error]
+    best, saved = broadcast_object_list(found)
+    if isinstance(saved, ValueError):
+        raise saved
+    return best, saved

@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from hf_adafocal.data.columns import label_column
 from hf_adafocal.training.label_checks import check_labels
 from hf_adafocal.training.model_conventions import base_model
+from hf_adafocal.training.processes import check_sequences_are_whole
 
 if TYPE_CHECKING:
     from hf_adafocal.training.plan import RunPlan
@@ -17,11 +18,13 @@ SAMPLES_PER_BIN = 10  # below this a bin's gap is mostly noise
 
 
 def reject_ignored_arguments(args: TrainingArguments, kwargs: dict) -> None:
-    """Reject arguments that AdaFocalTrainer would silently ignore.
+    """Reject arguments that AdaFocalTrainer would silently ignore, or that would give wrong sums.
 
     Raises:
-        ValueError: If label smoothing of the Trainer or a `compute_loss_func` is asked for.
+        ValueError: If label smoothing of the Trainer or a `compute_loss_func` is asked for, or sequences would be
+            split over processes.
     """
+    check_sequences_are_whole(getattr(args, "parallelism_config", None))
     if args.label_smoothing_factor:
         raise ValueError(
             f"label_smoothing_factor={args.label_smoothing_factor} would be ignored: the loss is chosen by `loss`. "

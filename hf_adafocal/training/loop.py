@@ -12,8 +12,9 @@ from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.preserved_state import evaluating, random_state_kept
 from hf_adafocal.training.model_conventions import logits_of
+from hf_adafocal.training.processes import DataProcesses
 from hf_adafocal.training.recorder import SampleCollector
-from hf_adafocal.training.sample_rows import IGNORED, check_counts, sample_rows
+from hf_adafocal.training.sample_rows import COLUMNS, IGNORED, check_counts, sample_rows
 
 
 class Calibration(NamedTuple):
@@ -65,16 +66,27 @@ def calibrate(
     _check_processes(dataloader, accelerator)
     device = accelerator.device if accelerator is not None else getattr(next(model.parameters(), None), "device", None)
     ignore_index = getattr(loss, "ignore_index", -100)
-    collector, num_classes = SampleCollector(), None
+    processes = None if accelerator is None else DataProcesses(accelerator)
+    # The batches of one process may be fewer than those of another, and such a forward pass waits for the others.
+    network = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+    num_classes, rows = 0, [torch.empty(0, len(COLUMNS), device=device)]
     with torch.no_grad(), evaluating(model), random_state_kept(_generators(dataloader)):
         for batch in dataloader:
             inputs, labels = _split(batch if device is None else send_to_device(batch, device))
-            outputs = model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
-            logits = classes_last(logits_of(outputs, type(model).__name__), labels)
+            outputs = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
+            logits = classes_last(logits_of(outputs, type(network).__name__), labels)
             num_classes = logits.shape[-1]
-            collector.add(_gathered(sample_rows(logits, labels, ignore_index), accelerator))
-    if num_classes is None:
+            if processes is not None:
+                labels = processes.without_padding(labels, ignore_index)
+            rows.append(sample_rows(logits, labels, ignore_index).reshape(-1, len(COLUMNS)))
+    found = torch.cat(rows)
+    if processes is not None:
+        found = processes.gather(found, IGNORED)
+        num_classes = int(processes.gather(torch.tensor([num_classes], device=device)).max())
+    if not num_classes:
         raise ValueError("The calibration dataloader is empty: nothing to measure. Check its dataset and `drop_last`.")
+    collector = SampleCollector()
+    collector.add(found)
     collector.finish()
     check_counts(len(collector), collector.not_finite, "calibration set", ignore_index)
     num_bins = getattr(adaptive, "num_bins", 15)
@@ -130,11 +142,3 @@ def _split(batch: Any) -> tuple[Any, Tensor]:
         return batch[0], batch[1]
     found = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
     raise ValueError(f"A batch must be a dict with `labels` or a pair (inputs, labels), found {found}.")
-
-
-def _gathered(rows: Tensor, accelerator: Accelerator | None) -> Tensor:
-    if accelerator is None or accelerator.num_processes == 1:
-        return rows
-    if rows.ndim > 2:  # sequences: each process pads to the longest of its own
-        rows = accelerator.pad_across_processes(rows, dim=1, pad_index=IGNORED)
-    return accelerator.gather_for_metrics(rows)

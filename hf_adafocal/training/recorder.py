@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from accelerate import Accelerator
 from torch import Tensor
 from transformers.utils import logging
 
@@ -13,6 +12,7 @@ from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats, binned
 from hf_adafocal.metrics.histogram import CalibrationHistogram
 from hf_adafocal.scaling.grid import SumsOnGrid, best_temperature
+from hf_adafocal.training.processes import DataProcesses
 from hf_adafocal.training.sample_rows import (
     IGNORED,
     check_counts,
@@ -47,7 +47,7 @@ class SampleCollector:
         """Add the rows of a batch of all processes, shape `(..., 5)`; ignored ones are dropped by `finish`."""
         self.waiting.append(rows.reshape(-1, rows.shape[-1]))
 
-    def finish(self, accelerator: Accelerator | None = None) -> None:
+    def finish(self, processes: DataProcesses | None = None) -> None:
         """Copy the rows to the CPU; call it once after the last batch."""
         if self.waiting:
             self._rows, self.not_finite = split_finite(counted_rows(torch.cat(self.waiting).cpu()))
@@ -98,18 +98,18 @@ class HistogramCollector:
             self._histogram.update(confidence, correct)
             self._sums += nll.sum(), brier.sum()
 
-    def finish(self, accelerator: Accelerator | None = None) -> None:
+    def finish(self, processes: DataProcesses | None = None) -> None:
         """Add up the counts of all processes; call it once after the last batch, on every process."""
-        if accelerator is None or accelerator.num_processes == 1 or self.counts_all:
+        if processes is None or processes.count == 1 or self.counts_all:
             return
-        counts = torch.from_numpy(self._histogram.to_array()).to(accelerator.device)
-        self._histogram = CalibrationHistogram.from_array(accelerator.reduce(counts).cpu().numpy())
+        counts = torch.from_numpy(self._histogram.to_array()).to(processes.device)
+        self._histogram = CalibrationHistogram.from_array(processes.sum(counts).cpu().numpy())
         # In two parts: float32, all that some devices have, holds neither large sums nor large counts exactly.
         whole = np.array([self.not_finite, *self._sums // 1], dtype=np.int64)
-        parts = torch.from_numpy((self._sums % 1).astype(np.float32)).to(accelerator.device)
-        summed = accelerator.reduce(torch.from_numpy(whole).to(accelerator.device)).cpu().numpy()
+        parts = torch.from_numpy((self._sums % 1).astype(np.float32)).to(processes.device)
+        summed = processes.sum(torch.from_numpy(whole).to(processes.device)).cpu().numpy()
         self.not_finite = int(summed[0])
-        self._sums = summed[1:] + accelerator.reduce(parts).cpu().numpy().astype(float)
+        self._sums = summed[1:] + processes.sum(parts).cpu().numpy().astype(float)
 
     def __len__(self) -> int:
         return self._histogram.num_samples
@@ -146,7 +146,7 @@ class EvaluationRecorder:
     """Record what a model predicts in each evaluation of a Trainer, over all processes, every sample once.
 
     Args:
-        accelerator: Of the Trainer.
+        processes: Of the run.
         num_bins: Bins of the metrics.
         histogram: Count in a histogram (True), keep every sample (False), or decide by their number (None).
         ignore_index: Label of samples that do not count.
@@ -162,9 +162,9 @@ class EvaluationRecorder:
     """
 
     def __init__(
-        self, accelerator: Accelerator, num_bins: int = 15, histogram: bool | None = None, ignore_index: int = -100
+        self, processes: DataProcesses, num_bins: int = 15, histogram: bool | None = None, ignore_index: int = -100
     ) -> None:
-        self.accelerator, self.num_bins = accelerator, num_bins
+        self.processes, self.num_bins = processes, num_bins
         self.histogram, self.ignore_index = histogram, ignore_index
         self.active = False
         self.samples: dict[str, Collector] = {}
@@ -199,7 +199,7 @@ class EvaluationRecorder:
         logits = classes_last(logits.detach(), labels)
         rows = sample_rows(logits, labels, self.ignore_index)
         self.num_classes = logits.shape[-1]
-        own = self._without_padding(labels)
+        own = self.processes.without_padding(labels, self.ignore_index)
         if self._of_calibration:
             self._seen_classes.add(own, logits.shape[-1])
             self._grid.add(logits, own)
@@ -233,7 +233,7 @@ class EvaluationRecorder:
         collected, self._collector = self._collector, None
         if collected is None:
             return None
-        collected.finish(self.accelerator)
+        collected.finish(self.processes)
         check_counts(len(collected), collected.not_finite, f"{prefix!r} set", self.ignore_index)
         self.samples[prefix] = collected
         if self._kept:
@@ -242,8 +242,8 @@ class EvaluationRecorder:
         metrics = collected.metrics(self.num_bins)
         if self._of_calibration and (sums := self._grid.total()) is not None:
             self.calibration = collected
-            self._seen_classes.warn_of_missing(self.accelerator, config)
-            temperature, refinement = best_temperature(self._summed(sums), len(collected))
+            self._seen_classes.warn_of_missing(self.processes, config)
+            temperature, refinement = best_temperature(self.processes.sum(sums), len(collected))
             metrics |= {"temperature": temperature, "refinement": refinement}
         return metrics
 
@@ -260,9 +260,6 @@ class EvaluationRecorder:
         rows = torch.cat([logits.to(wide), labels[..., None].to(wide)], dim=-1)
         rows = self._gathered(rows).reshape(-1, rows.shape[-1]).cpu()
         self._kept.append(rows[(rows[:, -1] != self.ignore_index) & (rows[:, -1] != IGNORED)])
-
-    def _summed(self, grid: Tensor) -> Tensor:
-        return grid if self.accelerator.num_processes == 1 else self.accelerator.reduce(grid)
 
     def _new_collector(self, labels: Tensor) -> Collector:
         positions = labels.numel() // max(len(labels), 1)
@@ -284,27 +281,11 @@ class EvaluationRecorder:
                 counting.add(rows)
             self._collector = counting
 
-    def _without_padding(self, labels: Tensor) -> Tensor:
-        """Labels with `ignore_index` in the samples that accelerate repeated to fill the last batch."""
-        state, processes = self.accelerator.gradient_state, self.accelerator.num_processes
-        if processes == 1 or not self.accelerator.even_batches or not state.end_of_dataloader or state.remainder <= 0:
-            return labels
-        kept = state.remainder - self.accelerator.process_index * len(labels)  # of this process's part
-        if kept >= len(labels):
-            return labels
-        labels = labels.clone()
-        labels[max(kept, 0) :] = self.ignore_index
-        return labels
-
     def _gathered(self, rows: Tensor) -> Tensor:
         """Rows of all processes, shape `(n, 5)`, in the order of the data."""
-        if self.accelerator.num_processes == 1:
-            return rows
-        ragged = rows.ndim > 2 or not self.accelerator.even_batches  # lengths or batches may differ by process
-        rows = rows.reshape(-1, rows.shape[-1])
-        if ragged:
-            rows = self.accelerator.pad_across_processes(rows, dim=0, pad_index=IGNORED)
-        return self.accelerator.gather(rows)
+        flat = rows.reshape(-1, rows.shape[-1])
+        ragged = rows.ndim > 2 or not self.processes.accelerator.even_batches  # lengths may differ by process
+        return self.processes.gather(flat, IGNORED if ragged else None)
 
 
 def _say_that_a_histogram_counts() -> None:
@@ -327,11 +308,11 @@ class SeenClasses:
             seen = torch.isin(torch.arange(num_classes, device=labels.device), labels)
             self._seen = seen if self._seen is None else self._seen | seen
 
-    def warn_of_missing(self, accelerator: Accelerator, config: Any) -> None:
+    def warn_of_missing(self, processes: DataProcesses, config: Any) -> None:
         """Once, over all processes, name the classes without a sample."""
         if self._done or self._seen is None:
             return
-        seen = accelerator.gather(self._seen[None].int()).any(0)
+        seen = processes.gather(self._seen[None].int()).any(0)
         self._done, self._seen = True, None
         missing = (~seen).nonzero().flatten().tolist()
         if missing and len(seen) != getattr(

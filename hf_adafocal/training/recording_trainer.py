@@ -1,16 +1,18 @@
 """A Trainer whose evaluations record every sample and add exact calibration metrics."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import nn
 from transformers.trainer_utils import EvalLoopOutput
 
 from hf_adafocal.training.model_conventions import ModelConventions
+from hf_adafocal.training.processes import DataProcesses
 from hf_adafocal.training.recorder import EvaluationRecorder
 from hf_adafocal.training.resumable import ResumableTrainer
 
@@ -26,11 +28,13 @@ class RecordingTrainer(ResumableTrainer):
     Attributes:
         conventions: How the model's logits and labels belong together.
         ignore_index: Label of samples that do not count.
+        processes: Collects tensors over the processes of the run.
         recorder: Results of the last evaluations.
         batch_recorded: The batch under way has been recorded.
     """
 
     conventions: ModelConventions
+    processes: DataProcesses
     recorder: EvaluationRecorder
     ignore_index: int
     calibration_dataset: Any
@@ -51,7 +55,8 @@ class RecordingTrainer(ResumableTrainer):
     def begin_recording(self, num_bins: int, histogram: bool | None, ignore_index: int) -> None:
         """Make the recorder of this trainer's evaluations; arguments are those of `EvaluationRecorder`."""
         self.ignore_index = ignore_index
-        self.recorder = EvaluationRecorder(self.accelerator, num_bins, histogram, ignore_index)
+        self.processes = DataProcesses(self.accelerator, self.get_tp_size())
+        self.recorder = EvaluationRecorder(self.processes, num_bins, histogram, ignore_index)
         self.added_metrics: set[str] = set()  # names that no compute_metrics gave
         self.evaluated_dataset: Any = None  # that `evaluate` reads
 
@@ -102,29 +107,49 @@ class RecordingTrainer(ResumableTrainer):
         output.metrics[f"{metric_key_prefix}_loss"] = metrics["nll"]
         return output
 
+    def get_train_dataloader(self):
+        """As `Trainer.get_train_dataloader`.
+
+        Raises:
+            ValueError: If batches are not made even and processes would get different numbers of them, so that one
+                would wait for ever.
+        """
+        loader = super().get_train_dataloader()
+        if self.processes.count > 1 and not self.accelerator.even_batches and isinstance(self.train_dataset, Sized):
+            lengths = self.processes.gather(torch.tensor([len(loader)], device=self.args.device)).tolist()
+            if len(set(lengths)) > 1:
+                raise ValueError(
+                    f"With even_batches=False every process must have as many training batches, found {lengths}: the "
+                    "first to end would leave the others waiting. Set dataloader_drop_last=True, choose another batch "
+                    "size, or leave even_batches on (the last batch then repeats some samples)."
+                )
+        return loader
+
     def get_eval_dataloader(self, eval_dataset=None):
-        """As `Trainer.get_eval_dataloader`, but no sample is ever dropped."""
+        """As `Trainer.get_eval_dataloader`, but no sample is dropped and every process has as many batches."""
         # Persistent workers are kept for the trainer's own sets; the Trainer would take them for any other set too.
         foreign = (
             eval_dataset is not None and not isinstance(eval_dataset, str) and eval_dataset is not self.eval_dataset
         )
         changes = {"dataloader_persistent_workers": False} if foreign else {}
-        with self._changed_arguments(dataloader_drop_last=False, **changes):
+        with self._evaluation_settings(**changes):
             return super().get_eval_dataloader(eval_dataset)
 
     def get_test_dataloader(self, test_dataset):
-        """As `Trainer.get_test_dataloader`, but no sample is ever dropped."""
-        with self._changed_arguments(dataloader_drop_last=False):
+        """As `Trainer.get_test_dataloader`, but no sample is dropped and every process has as many batches."""
+        with self._evaluation_settings():
             return super().get_test_dataloader(test_dataset)
 
     @contextmanager
-    def _changed_arguments(self, **changes: Any) -> Iterator[None]:
+    def _evaluation_settings(self, **changes: Any) -> Iterator[None]:
         given, self.args = self.args, copy.copy(self.args)
-        vars(self.args).update(changes)
+        vars(self.args).update(dataloader_drop_last=False, **changes)
+        # The recorder leaves out the samples that make batches even; without them a process may wait for ever.
+        even, self.accelerator.even_batches = self.accelerator.even_batches, True
         try:
             yield
         finally:
-            self.args = given
+            self.args, self.accelerator.even_batches = given, even
 
     def measure(self, dataset: Any, prefix: str) -> tuple[dict[str, float], Logits | None]:
         """Evaluate a data set without logging or callbacks.

@@ -167,7 +167,7 @@ def _facts(trainer: "AdaFocalTrainer", split: str, dataset: Any) -> dict[str, An
         "seed": args.seed,
         "training": {
             "epochs": trainer.state.epoch or args.num_train_epochs,
-            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+            "batch_size": args.train_batch_size * args.gradient_accumulation_steps * trainer.processes.count,
             "learning_rate": args.learning_rate,
         },
     }

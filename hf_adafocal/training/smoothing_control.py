@@ -185,10 +185,10 @@ def measure_slice(trainer: "AdaFocalTrainer", indices: np.ndarray) -> Tensor:
 
     Args:
         trainer: The trainer; training goes on as if nothing had been measured.
-        indices: Of calibration samples, the same on every process, which shares them out.
+        indices: Of calibration samples, the same on every process; data-parallel groups share them out.
     """
     args = trainer.args
-    own = indices[args.process_index :: args.world_size].tolist()
+    own = indices[trainer.processes.index :: trainer.processes.count].tolist()
     loader = DataLoader(
         Subset(trainer.calibration_dataset, own),
         args.eval_batch_size,
@@ -208,4 +208,4 @@ def measure_slice(trainer: "AdaFocalTrainer", indices: np.ndarray) -> Tensor:
                 outputs = trainer.model_wrapped(**trainer.conventions.inputs(batch))
             logits = classes_last(logits_of(outputs, type(trainer.model).__name__), targets)
             sums = sums + temperature_sums(logits, targets, trainer.ignore_index)
-    return trainer.accelerator.reduce(sums.float().to(args.device)).cpu()
+    return trainer.processes.sum(sums.float().to(args.device)).cpu()

@@ -37,17 +37,17 @@ class StepScale:
             A scalar, or shape `(n_gpu, 1)` for DataParallel, which splits what it is given.
         """
         trainer = self._trainer
-        args, accelerator = trainer.args, trainer.accelerator
+        args = trainer.args
         targets = list(targets)
         for labels in targets:
             trainer.check_labels(labels, training=True)  # before they index the class weights
         count = torch.stack([self.count(labels).to(device) for labels in targets]).sum()
-        if args.average_tokens_across_devices and args.world_size > 1:
-            count = accelerator.gather(count).sum()
+        if args.average_tokens_across_devices:
+            count = trainer.processes.sum(count)
         if args.n_gpu > 1:
             share = 1 if args.average_tokens_across_devices else args.n_gpu
             count = (count / share).unsqueeze(0).expand(args.n_gpu, -1)
-        return count / (trainer.get_tp_size() * trainer.get_cp_size() * trainer.get_sp_size())
+        return count
 
     def divisor(self, items_in_step: Any) -> Any:
         """What the summed loss of a batch is divided by, from the count of its step."""
@@ -61,10 +61,10 @@ class StepScale:
 
     @property
     def factor(self) -> int:
-        """Factor that undoes the mean which distributed training takes over ranks with different batches."""
+        """Factor that undoes the mean which distributed training takes over processes with different batches."""
         trainer = self._trainer
         if trainer.plan.reduction == "sum" or trainer.args.average_tokens_across_devices:
-            return trainer.accelerator.num_processes // trainer.get_tp_size()
+            return trainer.processes.count
         return 1
 
     def share(self, labels: Tensor, items_in_step: Any) -> Any:

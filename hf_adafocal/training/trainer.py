@@ -175,8 +175,8 @@ class AdaFocalTrainer(UploadingTrainer):
             return AdaFocalCallback(
                 adaptive, self._awaited_statistics, prefix, self.log, self._evaluate_calibration, plan.calibration_size
             )
-        size = plan.calibration_size or 0
-        return SmoothingCallback(adaptive, partial(measure_slice, self), size, log=self.log, **self._steering)
+        size, options = plan.calibration_size or 0, {"processes": self.processes.count, **self._steering}
+        return SmoothingCallback(adaptive, partial(measure_slice, self), size, log=self.log, **options)
 
     @property
     def _steering(self) -> dict[str, Any]:

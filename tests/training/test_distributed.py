@@ -19,12 +19,11 @@ SCRIPTS = Path(__file__).parents[2] / "scripts"
 METRICS = ("eval_loss", "eval_nll", "eval_brier", "eval_accuracy", "eval_ece", "eval_ada_ece", "eval_refinement")
 TAILS = (1, 7, 8, 9, 21)  # sizes that leave the last batch, or the second process, short of samples
 EXACT = ("nll", "accuracy", "brier", "ece", "ada_ece")
-# How two processes evaluate: sizes, settings, exact metrics. Where batches are not made even, accelerate and the
-# Trainer need as many of them on each process; a histogram rounds the edges of bins of equal mass.
+# How two processes evaluate: sizes, settings, exact metrics. A histogram rounds the edges of bins of equal mass.
 PADDED = {
     "made even": (TAILS, {}, EXACT),
     "training drops the last batch": (TAILS, {"dataloader_drop_last": True}, EXACT),
-    "not made even": ((7, 8, 21), {"accelerator_config": {"even_batches": False}}, EXACT),
+    "not made even in training": (TAILS, {"accelerator_config": {"even_batches": False}}, EXACT),
     "in a histogram": (TAILS, {"streaming_calibration": True}, EXACT[:-1]),
 }
 LAUNCHERS = {

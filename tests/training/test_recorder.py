@@ -10,8 +10,11 @@ from accelerate import Accelerator
 from hf_adafocal.metrics.scores import calibration_report
 from hf_adafocal.scaling.fit import fit_temperature
 from hf_adafocal.training import recorder as module
+from hf_adafocal.training.processes import DataProcesses
 from hf_adafocal.training.recorder import EvaluationRecorder, HistogramCollector, SampleCollector, SeenClasses
 from hf_adafocal.training.sample_rows import sample_rows
+
+PROCESS = DataProcesses(Accelerator(cpu=True))
 
 
 def predictions(size=400, classes=5, temperature=1.0):
@@ -23,7 +26,7 @@ def predictions(size=400, classes=5, temperature=1.0):
 
 def recorded(logits, labels, *, batch_size=64, of_calibration=True, keep_logits=False, **settings):
     """The recorder and the metrics of an evaluation in batches."""
-    recorder = EvaluationRecorder(Accelerator(cpu=True), **{"num_bins": 5, **settings})
+    recorder = EvaluationRecorder(PROCESS, **{"num_bins": 5, **settings})
     recorder.keep_logits = keep_logits
     recorder.begin(range(len(logits)), of_calibration=of_calibration)
     for start in range(0, len(logits), batch_size):
@@ -48,12 +51,12 @@ class TestMetrics:
         assert len(recorder.samples["eval"]) == 40 and len(recorder.logits[1]) == 40
 
     def test_of_no_batch_with_labels_there_is_nothing(self):
-        recorder = EvaluationRecorder(Accelerator(cpu=True))
+        recorder = EvaluationRecorder(PROCESS)
         recorder.begin([], of_calibration=True)
         assert recorder.end("eval") is None and recorder.calibration is None and recorder.logits is None
 
     def test_an_evaluation_that_failed_is_forgotten(self):
-        recorder = EvaluationRecorder(Accelerator(cpu=True))
+        recorder = EvaluationRecorder(PROCESS)
         recorder.begin(range(3), of_calibration=False)
         recorder.observe(*predictions(3))
         recorder.abort()
@@ -134,7 +137,7 @@ class TestHistogram:
         monkeypatch.setattr(module.logger, "warning", said.append)
         long, _ = recorded(logits, labels)
         short, _ = recorded(logits[:100], labels[:100])
-        stream = EvaluationRecorder(Accelerator(cpu=True), 5)
+        stream = EvaluationRecorder(PROCESS, 5)
         stream.begin(iter(()), of_calibration=True)
         for start in range(0, 300, 50):
             stream.observe(logits[start : start + 50], labels[start : start + 50])
@@ -163,11 +166,11 @@ class TestSeenClasses:
         config = SimpleNamespace(id2label={0: "cat", 1: "dog", 2: "eel"})
         for _ in range(2):
             seen.add(torch.tensor([1, -100, 1]), 3)
-            seen.warn_of_missing(Accelerator(cpu=True), config)
+            seen.warn_of_missing(PROCESS, config)
         assert len(said) == 1 and "the label 0 (cat), 2 (eel) (2 of 3 classes)" in said[0]
 
     def test_words_of_a_vocabulary_are_not_missed(self, monkeypatch):
         seen = SeenClasses()
         monkeypatch.setattr(module.logger, "warning", lambda text: pytest.fail(text))
         seen.add(torch.tensor([1]), 50)
-        seen.warn_of_missing(Accelerator(cpu=True), SimpleNamespace(vocab_size=50))
+        seen.warn_of_missing(PROCESS, SimpleNamespace(vocab_size=50))
