@@ -130,10 +130,9 @@ class AdaptiveStateCallback(SaveAfterEvaluation):
         if not args.load_best_model_at_end:
             return
         best, saved = _best_on_main_process(state)
-        if best is None:
-            return
-        if saved is None:
+        if best is not None and saved is None:
             logger.warning(f"{best} has no table of the loss, so it stays that of step {state.global_step}.")
+        if saved is None:
             return
         self.check_saved(saved, str(Path(best) / STATE_FILE))
         self._restore(saved)
@@ -389,14 +388,13 @@ def _best_on_main_process(state: Any) -> tuple[str | None, Any]:
 
     Other machines do not even know the checkpoint, because the Trainer notes only one that it sees.
     """
-    found: list[Any] = [None, None]
-    best = state.best_model_checkpoint
+    found, best = [None, None], state.best_model_checkpoint
     if state.is_world_process_zero and best is not None:
         try:
             found = [best, saved_adaptive_state(best)]
         except ValueError as error:
             found = [best, error]
-    best, saved = broadcast_object_list(found)
-    if isinstance(saved, ValueError):
-        raise saved
-    return best, saved
+    broadcast_object_list(found)
+    if isinstance(found[1], ValueError):
+        raise found[1]
+    return found[0], found[1]
