@@ -1,14 +1,14 @@
 """A per-sample loss plus a weighted term of the whole batch, as one module."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from hf_adafocal.losses import aurc, calibration_penalties
+from hf_adafocal.losses import aurc, calibration_penalties, topology
 from hf_adafocal.losses.base import AdaptiveLoss, ClassificationLoss, PerSampleLoss
-from hf_adafocal.losses.focal import CrossEntropyLoss
+from hf_adafocal.losses.focal import CrossEntropyLoss, FocalLoss
 from hf_adafocal.losses.layout import of_model
 
 
@@ -19,11 +19,17 @@ class Term(NamedTuple):
         function: From logits and labels to one number.
         weight: The authors' weight of the term.
         replaces: The term takes the place of the base, `(1 - weight) base + weight term`; else it is added to it.
+        base: The per-sample loss that it is added to if no other is given.
+        settings: Default arguments of `CombinedLoss` for this term, `start` among them.
+        least_batch: Shape of logits that the function takes at least.
     """
 
     function: Callable[..., Tensor]
     weight: float
     replaces: bool = False
+    base: type[PerSampleLoss] = CrossEntropyLoss
+    settings: Mapping[str, Any] = {}
+    least_batch: tuple[int, ...] = (1, 2)
 
 
 TERMS = {
@@ -37,6 +43,13 @@ TERMS = {
     "aurc": Term(aurc.aurc, 1.0, replaces=True),
     "aurc_regularised": Term(aurc.regularised_aurc, 0.3, replaces=True),
     "selective_au": Term(aurc.selective_au, 1.0, replaces=True),
+    "topological_focal": Term(
+        topology.topological_distance,
+        0.01,
+        base=FocalLoss,
+        settings={"start": 0.5, "construction": "V"},
+        least_batch=(1, 2, 1, 1),
+    ),
 }
 
 
@@ -55,21 +68,28 @@ class CombinedLoss(ClassificationLoss):
     Default weights: 2 for MMCE and MMCE_w (Mukhoti et al.'s comparison; the MMCE code has 4, and both divide twice in
     MMCE_w, so that there it weighs less); 5 for DCA as in copies of its authors' code (MDCA's authors run DCA with 1);
     1 for MDCA; 0.5 for DECE, as in its authors' objective; 0.3 and 1 for the AURC losses. The soft-binned errors'
-    weight 1 is ours: their paper tunes it.
+    weight 1 is ours: their paper tunes it. So are weight 0.01 and start 0.5 of "topological_focal".
 
     Args:
         term: Which term, a name in `TERMS`.
-        base: The per-sample loss, cross-entropy if left out. With an `AdaFocalLoss` its table moves as it
+        base: The per-sample loss; if left out focal loss for "topological_focal", else cross-entropy. With an `AdaFocalLoss` its table moves as it
             does alone. Class weights belong here. It must have reduction "mean".
         auxiliary_weight: Weight of the term; the authors' if left out.
         weight: Class weights make no sense for a term: an error. Give them to the base.
         ignore_index: Label of samples that do not count; that of the base if left out.
+        start: Share of the run, in [0, 1], after which the term is added; until then the base trains alone. If left
+            out 0.5 for "topological_focal", which needs a model that already sees something, else 0.
         reduction: "mean", or "sum" for the mean times `count`. A term has no value per sample, so "none" is an error.
-        **settings: Further arguments of the term's function in `calibration_penalties` or `aurc`.
+        **settings: Further arguments of the term's function in `calibration_penalties`, `aurc` or `topology`.
+
+    Attributes:
+        progress: Share of the run that is done, which `start` is compared with. `AdaFocalTrainer` sets it before each
+            step; a loop of your own sets it too, or leaves it at 1, where the term always counts.
 
     Raises:
         ValueError: If a name, a number or a combination makes no sense.
         TypeError: If a setting is not one of the term's.
+        ImportError: If the term needs a library that is not installed.
 
     >>> CombinedLoss("mmce", auxiliary_weight=2.0)(torch.zeros(1, 2), torch.tensor([0]))  # log 2 + 2 / 2
     tensor(1.6931)
@@ -85,6 +105,7 @@ class CombinedLoss(ClassificationLoss):
         auxiliary_weight: float | None = None,
         weight: Tensor | None = None,
         ignore_index: int | None = None,
+        start: float | None = None,
         reduction: str = "mean",
         **settings: Any,
     ) -> None:
@@ -92,13 +113,19 @@ class CombinedLoss(ClassificationLoss):
         if term not in TERMS:
             raise ValueError(f"term must be one of {', '.join(TERMS)}; found {term!r}.")
         _check_arguments(term, weight, reduction)
-        self.term, self.settings, self.reduction = term, settings, reduction
-        self.function, default, replaces = TERMS[term]
-        self.function(torch.zeros(1, 2), torch.zeros(1, dtype=torch.long), **settings)  # refuses settings now
-        self.auxiliary_weight = default if auxiliary_weight is None else auxiliary_weight
-        self.base_weight = 1 - self.auxiliary_weight if replaces else 1.0
+        kind = TERMS[term]
+        defaults = dict(kind.settings)
+        self.start = _share_of_run(defaults.pop("start", 0.0) if start is None else start)
+        defaults.pop("start", None)
+        self.progress = 1.0
+        self.term, self.settings, self.reduction = term, {**defaults, **settings}, reduction
+        self.function = kind.function
+        logits = torch.zeros(kind.least_batch)
+        self.function(logits, logits[:, 0].long(), **self.settings)  # refuses settings now
+        self.auxiliary_weight = kind.weight if auxiliary_weight is None else auxiliary_weight
+        self.base_weight = 1 - self.auxiliary_weight if kind.replaces else 1.0
         if base is None:
-            base = CrossEntropyLoss(ignore_index=-100 if ignore_index is None else ignore_index)
+            base = kind.base(ignore_index=-100 if ignore_index is None else ignore_index)
         _check_weights(term, base, self.auxiliary_weight, self.base_weight)
         _check_base(base, ignore_index)
         self.base = base
@@ -125,6 +152,8 @@ class CombinedLoss(ClassificationLoss):
         """Compute the loss of a batch, as `ClassificationLoss.forward`."""
         logits, labels = of_model(logits, labels)
         divisor = 1 if self.reduction == "sum" else num_items_in_batch
+        if self.progress < self.start:
+            return self.base(logits, labels, divisor)
         term = self.function(logits, labels, **self.settings, ignore_index=self.ignore_index)
         if divisor is not None:
             term = term * self.count(labels) / divisor
@@ -134,8 +163,15 @@ class CombinedLoss(ClassificationLoss):
 
     def extra_repr(self) -> str:
         """Show the term, its weight and its settings when printed."""
-        settings = {"auxiliary_weight": self.auxiliary_weight, **self.settings}
+        started = {"start": self.start} if self.start else {}
+        settings = {"auxiliary_weight": self.auxiliary_weight, **started, **self.settings}
         return ", ".join([repr(self.term), *(f"{name}={value}" for name, value in settings.items())])
+
+
+def _share_of_run(start: float) -> float:
+    if not 0 <= start <= 1:
+        raise ValueError(f"start must be a share of the run in [0, 1], found {start}.")
+    return start
 
 
 def _check_arguments(term: str, weight: Tensor | None, reduction: str) -> None:

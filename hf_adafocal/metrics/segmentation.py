@@ -1,0 +1,206 @@
+"""Metrics of dense prediction: calibration of foreground and of single images, overlap of classes, topology.
+
+Pixels of one image are not independent, so intervals resample images. Pooled over all pixels a calibration error is
+mostly that of the background, which is easy and large: that of the foreground and the mean over images stand beside
+it. The Betti error needs SciPy; everything else needs NumPy alone.
+"""
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hf_adafocal.betti import betti_numbers
+from hf_adafocal.metrics.binning import bin_statistics, equal_width_edges
+
+BACKGROUND = 0  # the class that is no object
+
+
+class DenseCounts(NamedTuple):
+    """What the metrics of dense prediction are computed from, per image, so that images can be resampled.
+
+    Attributes:
+        bins: Pixels, correct pixels and sum of confidences per bin of all pixels, shape `(n, num_bins, 3)`.
+        foreground_bins: Likewise of the pixels whose label or prediction is not background.
+        overlap: Pixels predicted and labelled as a class, predicted as it, labelled as it; shape `(n, C, 3)`.
+        betti_error: Absolute difference of the Betti numbers of prediction and label, shape `(n, C - 1, dimensions)`;
+            None if it was not asked for.
+    """
+
+    bins: np.ndarray
+    foreground_bins: np.ndarray
+    overlap: np.ndarray
+    betti_error: np.ndarray | None = None
+
+    @property
+    def num_images(self) -> int:
+        """Images."""
+        return len(self.bins)
+
+    @property
+    def num_pixels(self) -> int:
+        """Pixels that count, of all images."""
+        return int(self.bins[..., 0].sum())
+
+
+def count_dense(
+    confidence: Any,
+    predicted: Any,
+    labels: Any,
+    num_classes: int,
+    *,
+    num_bins: int = 15,
+    ignore_index: int = -100,
+    betti: bool = True,
+    construction: str = "V",
+) -> DenseCounts:
+    """Count what the metrics of dense prediction need, image by image.
+
+    Args:
+        confidence: Probability of the predicted class, shape `(n, d1, ...)`, in [0, 1].
+        predicted: Predicted class, same shape.
+        labels: Class indices or `ignore_index`, same shape.
+        num_classes: Classes C, background (class 0) included.
+        num_bins: Bins of equal width.
+        ignore_index: Label of pixels that do not count; they are background for the Betti numbers.
+        betti: Whether to compare Betti numbers; only of images and volumes.
+        construction: "V" or "T" of `betti_numbers`; take that of the loss.
+
+    Raises:
+        ValueError: If the shapes differ, a label is out of range, or no pixel counts.
+
+    >>> counts = count_dense([[[0.9, 0.6]]], [[[1, 0]]], [[[1, 1]]], num_classes=2)
+    >>> counts.num_images, counts.num_pixels
+    (1, 2)
+    """
+    confidence, predicted, labels = np.asarray(confidence, dtype=np.float64), np.asarray(predicted), np.asarray(labels)
+    if not confidence.shape == predicted.shape == labels.shape or confidence.ndim < 2:
+        raise ValueError(
+            "confidence, predicted and labels must have one shape (n, d1, ...), found "
+            f"{confidence.shape}, {predicted.shape} and {labels.shape}."
+        )
+    counted = labels != ignore_index
+    if not counted.any():
+        raise ValueError(f"Every label is ignored ({ignore_index}): there is nothing to measure.")
+    found = labels[counted]
+    if found.min() < 0 or found.max() >= num_classes:
+        raise ValueError(f"Labels must lie in [0, {num_classes}) or be {ignore_index}, found {np.unique(found)}.")
+    edges = equal_width_edges(num_bins)
+    rows = []
+    for image in range(len(labels)):
+        kept = counted[image]
+        confident, chosen, true = confidence[image][kept], predicted[image][kept], labels[image][kept]
+        object_ = (chosen != BACKGROUND) | (true != BACKGROUND)
+        hit = chosen == true
+        pair = np.bincount(true.astype(np.int64) * num_classes + chosen, minlength=num_classes**2)
+        table = pair.reshape(num_classes, num_classes)
+        rows.append(
+            (
+                _bin_sums(confident, hit, edges),
+                _bin_sums(confident[object_], hit[object_], edges),
+                np.stack([table.diagonal(), table.sum(axis=0), table.sum(axis=1)], axis=-1),
+            )
+        )
+    bins, foreground, overlap = (np.stack(parts) for parts in zip(*rows, strict=True))
+    errors = None
+    if betti:
+        errors = np.stack(
+            [
+                [
+                    np.abs(
+                        np.subtract(
+                            betti_numbers((chosen == kind) & kept, construction),
+                            betti_numbers((true == kind) & kept, construction),
+                        )
+                    )
+                    for kind in range(1, num_classes)
+                ]
+                for chosen, true, kept in zip(predicted, labels, counted, strict=True)
+            ]
+        )
+    return DenseCounts(bins, foreground, overlap, errors)
+
+
+def _bin_sums(confidence: np.ndarray, correct: np.ndarray, edges: np.ndarray) -> np.ndarray:
+    if not len(confidence):
+        return np.zeros((len(edges) - 1, 3))
+    stats = bin_statistics(confidence, correct, edges)
+    return np.stack([stats.count, stats.count * stats.accuracy, stats.count * stats.confidence], axis=-1)
+
+
+def dense_metrics(counts: DenseCounts) -> dict[str, float]:
+    """Compute the metrics of dense prediction from what was counted.
+
+    Args:
+        counts: Of `count_dense`.
+
+    Returns:
+        `pixel_ece` of all pixels; `foreground_ece` of those whose label or prediction is not background (absent if
+        there are none); `image_ece`, the mean over images of the error of each; `dice_K` and `iou_K` of each class K
+        that some pixel has or is given, pooled over images, and their means over foreground classes, `dice` and `iou`
+        (absent if there is no object at all); and `betti_0_error`, `betti_1_error`, ... the mean over images of the
+        absolute difference, summed over foreground classes. Fractions in [0, 1] but for the Betti errors.
+
+    >>> counts = count_dense([[[0.9, 0.6]]], [[[1, 0]]], [[[1, 1]]], num_classes=2)
+    >>> metrics = dense_metrics(counts)
+    >>> round(metrics["pixel_ece"], 3), round(metrics["dice"], 3), metrics["betti_0_error"]
+    (0.35, 0.667, 0.0)
+    """
+    found = {"pixel_ece": _ece(counts.bins.sum(axis=0))}
+    foreground = counts.foreground_bins.sum(axis=0)
+    if foreground[:, 0].any():
+        found["foreground_ece"] = _ece(foreground)
+    per_image = [_ece(bins) for bins in counts.bins if bins[:, 0].any()]
+    found["image_ece"] = float(np.mean(per_image))
+    both, chosen, true = np.moveaxis(counts.overlap.sum(axis=0), -1, 0)
+    present = chosen + true > 0
+    dice, iou = np.full(len(both), np.nan), np.full(len(both), np.nan)
+    dice[present] = 2 * both[present] / (chosen + true)[present]
+    iou[present] = both[present] / (chosen + true - both)[present]
+    if present[1:].any():
+        found |= {"dice": float(np.nanmean(dice[1:])), "iou": float(np.nanmean(iou[1:]))}
+    for kind in np.flatnonzero(present):
+        found |= {f"dice_{kind}": float(dice[kind]), f"iou_{kind}": float(iou[kind])}
+    if counts.betti_error is not None:
+        errors = counts.betti_error.sum(axis=1).mean(axis=0)
+        found |= {f"betti_{dimension}_error": float(error) for dimension, error in enumerate(errors)}
+    return found
+
+
+def _ece(bins: np.ndarray) -> float:
+    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
+
+
+def dense_intervals(
+    counts: DenseCounts, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, tuple[float, float]]:
+    """Percentile bootstrap intervals of the metrics of dense prediction, which resample images.
+
+    Args:
+        counts: Of `count_dense`, two images at least.
+        level: Coverage asked for.
+        num_resamples: Resamples.
+        seed: Of the resampling.
+
+    Returns:
+        Lower and upper end by the names of `dense_metrics`; a metric that some resamples lack is taken over the
+        others.
+
+    Raises:
+        ValueError: If there are fewer than two images.
+
+    Source: Davison and Hinkley 1997, section 3.8 (resampling of clusters).
+    """
+    if counts.num_images < 2:
+        raise ValueError(f"An interval needs two images at least, found {counts.num_images}.")
+    random = np.random.default_rng(seed)
+    found: dict[str, list[float]] = {}
+    for _ in range(num_resamples):
+        drawn = random.integers(counts.num_images, size=counts.num_images)
+        for name, value in dense_metrics(_of_images(counts, drawn)).items():
+            found.setdefault(name, []).append(value)
+    tail = (1 - level) / 2
+    return {name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in found.items()}
+
+
+def _of_images(counts: DenseCounts, images: np.ndarray) -> DenseCounts:
+    return DenseCounts(*(None if part is None else part[images] for part in counts))  # type: ignore[arg-type]

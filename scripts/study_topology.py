@@ -1,0 +1,118 @@
+"""Study: what the topological term and AdaFocal do for 3D segmentation, on volumes with known Betti numbers.
+
+python scripts/study_topology.py --folder results/topology            # resumable: one JSON file per run
+python scripts/study_topology.py --folder results/topology --table    # Markdown tables of the runs in the folder
+
+Each seed draws its own volumes and weights. Cross-entropy, focal loss and AdaFocal train for the same steps with the
+same batches; the runs with the term start from the weights (and the gamma table) of their base at half of the run.
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from hf_adafocal import AdaFocalLoss, CombinedLoss, CrossEntropyLoss, FocalLoss, calibrate, fit_temperature
+from hf_adafocal.data.volumes import synthetic_volumes
+from hf_adafocal.metrics.segmentation import count_dense, dense_intervals, dense_metrics
+from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
+
+BASES = {"cross_entropy": CrossEntropyLoss, "focal": lambda: FocalLoss(2.0), "adafocal": AdaFocalLoss}
+WEIGHTS = (0.001, 0.01)
+METRICS = (
+    "dice", "betti_0_error", "betti_1_error", "betti_2_error", "pixel_ece", "foreground_ece", "image_ece", "nll"
+)  # fmt: skip
+SIZES = {"train": 48, "calibration": 16, "test": 32}
+
+
+def tensors(part: str, seed: int) -> torch.utils.data.TensorDataset:
+    """The volumes and labels of one part."""
+    offset = 1 + list(SIZES).index(part)
+    volumes = synthetic_volumes(SIZES[part], 24, seed=1000 * seed + offset)
+    return torch.utils.data.TensorDataset(
+        torch.from_numpy(volumes.images)[:, None], torch.from_numpy(volumes.labels).long()
+    )
+
+
+def measure(model: torch.nn.Module, data: dict, temperature: float = 1.0) -> dict[str, float]:
+    """Metrics of the test volumes at a temperature, and the ends of their intervals."""
+    images, labels = data["test"].tensors
+    with torch.no_grad():
+        logits = torch.cat([model(batch).logits for batch in images.split(8)]) / temperature
+    nll = float(torch.nn.functional.cross_entropy(logits, labels))
+    confidence, predicted = logits.softmax(1).max(1)
+    counts = count_dense(confidence.numpy(), predicted.numpy(), labels.numpy(), 2, betti=temperature == 1)
+    return {**dense_metrics(counts), "nll": nll, "intervals": dense_intervals(counts, num_resamples=200)}
+
+
+def train(model, loss, data, steps: range, total: int, seed: int, epoch: int) -> None:
+    """Train from the first to the last of `steps`; gamma moves every `epoch` steps."""
+    images, labels = data["train"].tensors
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
+    for step in steps:
+        rate = 1e-2 * min(1, (step - steps.start + 1) / 10, (total - step) / (0.7 * total))
+        optimizer.param_groups[0]["lr"] = rate
+        rows = np.random.default_rng([seed, step]).choice(len(images), 4, replace=False)
+        optimizer.zero_grad()
+        loss(model(images[rows]).logits, labels[rows]).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        if (step + 1) % epoch == 0 and loss.adaptive is not None:
+            calibrate(model, torch.utils.data.DataLoader(data["calibration"], 8), loss)
+
+
+def run(seed: int, base: str, folder: Path, steps: int, weights=WEIGHTS) -> None:
+    """One seed and base: without the term, and with it at each weight from the middle on."""
+    arms = [base, *(f"{base}+{weight}" for weight in weights if base != "cross_entropy")]
+    files = {arm: folder / f"{arm}-{seed}.json" for arm in arms}
+    if all(file.exists() for file in files.values()):
+        return
+    data = {part: tensors(part, seed) for part in SIZES}
+    torch.manual_seed(seed)
+    model, loss, half = UNet3DForSemanticSegmentation(UNet3DConfig(num_labels=2)), BASES[base](), steps // 2
+    train(model, loss, data, range(half), steps, seed, epoch=9)
+    middle = {name: value.clone() for name, value in model.state_dict().items()}
+    table = {name: value.clone() for name, value in loss.state_dict().items()}
+    at_half = measure(model, data)
+    for arm, file in files.items():
+        if file.exists():
+            continue
+        model.load_state_dict(middle)
+        loss.load_state_dict(table)
+        term = arm.partition("+")[2]
+        used = CombinedLoss("topological_focal", loss, auxiliary_weight=float(term)) if term else loss
+        train(model, used, data, range(half, steps), steps, seed, epoch=9)
+        images, labels = data["calibration"].tensors
+        with torch.no_grad():
+            logits = torch.cat([model(batch).logits for batch in images.split(8)])
+        temperature = fit_temperature(logits.movedim(1, -1).reshape(-1, 2), labels.reshape(-1))
+        row = {"arm": arm, "seed": seed, "steps": steps, "temperature": temperature, "dice_at_half": at_half["dice"]}
+        row |= {"before": measure(model, data), "after": measure(model, data, temperature)}
+        file.write_text(json.dumps(row, indent=1) + "\n")
+        shown = {name: round(row["before"][name], 4) for name in METRICS}
+        print(arm, seed, "dice at half", round(at_half["dice"], 3), "T", round(temperature, 3), shown, flush=True)
+
+
+def main() -> None:
+    """Run what is missing, or print the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--folder", type=Path, required=True)
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument("--steps", type=int, default=180)
+    parser.add_argument("--table", action="store_true")
+    options = parser.parse_args()
+    if options.table:
+        from study_tables import topology_tables
+
+        print(topology_tables(options.folder, METRICS))
+        return
+    options.folder.mkdir(parents=True, exist_ok=True)
+    for seed in options.seeds:
+        for base in BASES:
+            run(seed, base, options.folder, options.steps)
+
+
+if __name__ == "__main__":
+    main()
