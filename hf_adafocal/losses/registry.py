@@ -75,4 +75,9 @@ def name_of(loss: nn.Module) -> str:
     """
     if isinstance(loss, CombinedLoss):
         return loss.term
-    return next((name for name, kind in PER_SAMPLE_LOSSES.items() if kind is type(loss)), type(loss).__name__)
+    return name_of_class(type(loss))
+
+
+def name_of_class(kind: type[nn.Module]) -> str:
+    """The name in `LOSSES` of a class of per-sample losses, or its own if it is none of ours."""
+    return next((name for name, ours in PER_SAMPLE_LOSSES.items() if ours is kind), kind.__name__)

@@ -11,10 +11,10 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_adafocal.runs.tasks import Task
 from hf_adafocal.training.arguments import (
     BATCH_LOSSES,
-    DEFAULT_BASE,
     LOSS_ARGUMENTS,
     STEERING_ARGUMENTS,
     AdaFocalTrainingArguments,
+    per_sample_part,
 )
 
 AnyTask = TypeVar("AnyTask", bound=Task)
@@ -171,8 +171,7 @@ def settings_by_loss(arguments: Sequence[str], losses: Iterable[str]) -> dict[st
         parser.add_argument(f"--{name}", f"--{name.replace('_', '-')}", default=None)
     given, rest = parser.parse_known_args(list(arguments))
     settings = {name: value for name, value in vars(given).items() if value is not None}
-    base = settings.get("auxiliary_base", DEFAULT_BASE)
-    used = {loss: {loss, base} if loss in BATCH_LOSSES else {loss} for loss in losses}
+    used = {loss: {loss, per_sample_part(loss, settings.get("auxiliary_base"))} for loss in losses}
     unused = [name for name in settings if not any(users[name] & names for names in used.values())]
     if unused:
         raise ValueError(

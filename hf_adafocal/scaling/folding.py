@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
 import hf_adafocal.models  # noqa: F401 (so that the Auto classes know the global-pooling CNN)
+import hf_adafocal.unet  # noqa: F401 (and the 3D U-Net)
 from hf_adafocal.checkpoint_files import is_training_state, is_weights
 from hf_adafocal.preserved_state import random_state_kept
 from hf_adafocal.scaling.fit import Scaling
@@ -189,7 +190,7 @@ def _check_task(config: transformers.PretrainedConfig) -> None:
         )
 
 
-def _check_fit(head: nn.Linear | nn.Conv2d, scaling: Scaling) -> None:
+def _check_fit(head: nn.Linear | nn.Conv2d | nn.Conv3d, scaling: Scaling) -> None:
     for name in ("scale", "bias"):
         value = getattr(scaling, name)
         if isinstance(value, tuple) and len(value) != head.weight.shape[0]:
@@ -201,7 +202,7 @@ def _check_fit(head: nn.Linear | nn.Conv2d, scaling: Scaling) -> None:
         )
 
 
-def _rescale(head: nn.Linear | nn.Conv2d, scale: Any, bias: Any) -> None:
+def _rescale(head: nn.Linear | nn.Conv2d | nn.Conv3d, scale: Any, bias: Any) -> None:
     """Make the head's output `scale * output + bias`, rounding once; on the CPU, as some devices lack float64."""
     outputs = head.weight.shape[0]
     scale, bias = (torch.as_tensor(value, dtype=torch.float64).expand(outputs) for value in (scale, bias))

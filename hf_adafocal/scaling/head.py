@@ -8,11 +8,12 @@ from torch import Tensor, nn
 
 from hf_adafocal.preserved_state import evaluating
 
+CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 NESTED = ("vision_config", "text_config", "backbone_config", "audio_config")
 
 
-def find_head(model: Any, inputs: dict[str, Tensor] | None = None) -> nn.Linear | nn.Conv2d:
+def find_head(model: Any, inputs: dict[str, Tensor] | None = None) -> nn.Linear | nn.Conv2d | nn.Conv3d:
     """The linear or convolutional layer whose output the logits follow, whatever its name.
 
     In a forward pass each layer with one output per label gets its output scaled, and the logits must follow exactly.
@@ -78,7 +79,7 @@ def _outputs(module: Any) -> int | None:
     if is_adapter(module):
         return None
     found = getattr(module, "out_features", None)
-    return module.out_channels if found is None and isinstance(module, nn.Conv2d) else found
+    return module.out_channels if found is None and isinstance(module, CONVOLUTIONS) else found
 
 
 def _image_shape(config: Any) -> tuple[int, int, int]:
@@ -102,14 +103,14 @@ def _setting(config: Any, name: str, default: Any) -> Any:
 
 
 def _along_classes(values: Tensor, ndim: int) -> Tensor:
-    """Numbers of the classes, shaped for an array with classes last, or second in images."""
-    return values[:, None, None] if ndim == 4 else values
+    """Numbers of the classes, shaped for an array with classes last, or second in images and volumes."""
+    return values.reshape(-1, *[1] * (ndim - 2)) if ndim > 3 else values
 
 
 def _logits_follow(model: Any, module: nn.Module, batch: dict[str, Tensor]) -> bool:
     """Whether scaling this module's output scales the logits, and nothing comes after that would bend them."""
     plain = model(**batch).logits.float()
-    classes = plain.shape[1] if plain.ndim == 4 else plain.shape[-1]
+    classes = plain.shape[1] if plain.ndim > 3 else plain.shape[-1]
     scale = torch.linspace(0.5, 2.0, classes, device=plain.device)
     bias = torch.linspace(1.0, -1.0, classes, device=plain.device)
 
@@ -118,7 +119,7 @@ def _logits_follow(model: Any, module: nn.Module, batch: dict[str, Tensor]) -> b
         return (values.float() * factor + shift).to(values.dtype)
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
-        fits = isinstance(output, Tensor) and classes == (output.shape[1] if output.ndim == 4 else output.shape[-1])
+        fits = isinstance(output, Tensor) and classes == (output.shape[1] if output.ndim > 3 else output.shape[-1])
         return rescaled(output) if fits else output
 
     handle = module.register_forward_hook(hook)
@@ -134,7 +135,7 @@ def _logits_follow(model: Any, module: nn.Module, batch: dict[str, Tensor]) -> b
 def _check_head(model: nn.Module, name: str, head: Any) -> None:
     """Raise unless the head is a plain layer that is saved and whose parameters nothing else uses."""
     weight = getattr(head, "weight", None)
-    plain = isinstance(head, nn.Linear | nn.Conv2d) and type(weight) is nn.Parameter
+    plain = isinstance(head, nn.Linear | nn.Conv2d | nn.Conv3d) and type(weight) is nn.Parameter
     whole = isinstance(weight, Tensor) and weight.dtype in DTYPES and not weight.is_meta and weight.numel() > 0
     if not plain or not whole:
         found = f"{type(weight).__name__} of {weight.dtype}" if isinstance(weight, Tensor) else type(weight).__name__

@@ -10,14 +10,16 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 from transformers import TrainingArguments
 
+from hf_adafocal.betti import CONSTRUCTIONS
 from hf_adafocal.data.overlap import POLICIES
-from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES, build_loss
+from hf_adafocal.losses.batch_loss import TERMS
+from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES, build_loss, name_of_class
 from hf_adafocal.training.sample_rows import is_lower_better
 
-BATCH_LOSSES = tuple(name for name in LOSSES if name not in PER_SAMPLE_LOSSES)
+BATCH_LOSSES = tuple(TERMS)
 ADAFOCAL_LOSSES = ("adafocal", "ada_dual_focal", "classwise_adafocal")
 REDUCTIONS = ("mean", "sum")
-DEFAULT_LOSS, DEFAULT_BASE, DEFAULT_BINS = "adafocal", "cross_entropy", 15
+DEFAULT_LOSS, DEFAULT_BINS = "adafocal", 15
 
 
 class LossArgument(NamedTuple):
@@ -44,6 +46,8 @@ LOSS_ARGUMENTS = {
     "gamma_switch": LossArgument("switch", ADAFOCAL_LOSSES),
     "gamma_min": LossArgument("gamma_min", ADAFOCAL_LOSSES),
     "gamma_max": LossArgument("gamma_max", ADAFOCAL_LOSSES),
+    "topology_start": LossArgument("start", ("topological_focal",)),
+    "topology_construction": LossArgument("construction", ("topological_focal",)),
 }
 # Arguments of the callback that steers adaptive label smoothing.
 STEERING_ARGUMENTS = ("calibration_steps", "calibration_samples", "steering_gain")
@@ -109,8 +113,18 @@ class AdaFocalTrainingArguments(TrainingArguments):
         f"Weight of the batch term in loss={'/'.join(BATCH_LOSSES)} (default: that of its authors)."
     )
     auxiliary_base: str | None = _argument(
-        f"The per-sample loss that the batch term is added to (default {DEFAULT_BASE}); it has its own arguments.",
+        "The per-sample loss that the batch term is added to (default cross_entropy; focal for topological_focal); it "
+        "has its own arguments.",
         choices=list(PER_SAMPLE_LOSSES),
+    )
+    topology_start: float | None = _argument(
+        "Share of the run after which loss='topological_focal' adds its term (default 0.5); it needs a model that "
+        "already sees something."
+    )
+    topology_construction: str | None = _argument(
+        "How pixels are connected in loss='topological_focal': V, foreground through faces (default), or T, through "
+        "corners too.",
+        choices=list(CONSTRUCTIONS),
     )
     steering_gain: float | None = _argument(
         "How much loss='adaptive_label_smoothing' moves epsilon over a run per unit of log temperature (default 2)."
@@ -155,16 +169,16 @@ class AdaFocalTrainingArguments(TrainingArguments):
     @property
     def per_sample_loss(self) -> str:
         """Name of the loss, or of the base that a batch term is added to."""
-        return (self.auxiliary_base or DEFAULT_BASE) if self.loss in BATCH_LOSSES else self.loss
+        return per_sample_part(self.loss, self.auxiliary_base)
 
     @property
     def loss_settings(self) -> dict[str, Any]:
         """Arguments of the loss as `build_loss` takes them, defaults included."""
         if self.loss not in BATCH_LOSSES:
             return self._settings_of(self.loss)
-        weight = LOSSES[self.loss]().auxiliary_weight if self.auxiliary_weight is None else self.auxiliary_weight
+        weight = TERMS[self.loss].weight if self.auxiliary_weight is None else self.auxiliary_weight
         base = {"name": self.per_sample_loss, **self._settings_of(self.per_sample_loss)}
-        return {"auxiliary_weight": weight, "base": base}
+        return {"auxiliary_weight": weight, **self._settings_of(self.loss), "base": base}
 
     def _settings_of(self, loss: str) -> dict[str, Any]:
         settings = {"num_bins": self.num_bins} if loss in ADAFOCAL_LOSSES else {}
@@ -250,6 +264,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
             "loss_reduction": REDUCTIONS,
             "split_overlap": POLICIES,
             "auxiliary_base": (None, *PER_SAMPLE_LOSSES),
+            "topology_construction": (None, *CONSTRUCTIONS),
         }
         for name, allowed in choices.items():
             if getattr(self, name) not in allowed:
@@ -272,12 +287,21 @@ class AdaFocalTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name} must be at least 1, found {number}.")
         if self.steering_gain is not None and not 0 <= self.steering_gain < math.inf:
             raise ValueError(f"steering_gain must be a finite number from 0, found {self.steering_gain}.")
+        if self.topology_start is not None and not 0 <= self.topology_start <= 1:
+            raise ValueError(f"topology_start is a share of the run in [0, 1], found {self.topology_start}.")
         if self.calibration_fraction is not None and not 0 <= self.calibration_fraction < 1:
             raise ValueError(f"calibration_fraction must lie in [0, 1), found {self.calibration_fraction}.")
 
 
+def per_sample_part(loss: str, base: str | None = None) -> str:
+    """Name of a per-sample loss: of the base of a loss with a batch term (its own if `base` is None), or the loss."""
+    return (base or name_of_class(TERMS[loss].base)) if loss in TERMS else loss
+
+
 def _default_of(loss: str, keyword: str) -> Any:
     """Default of a keyword in the constructors of a loss, the nearest one in its class hierarchy."""
+    if loss in TERMS:
+        return TERMS[loss].settings[keyword]
     for kind in PER_SAMPLE_LOSSES[loss].__mro__:
         parameter = inspect.signature(kind).parameters.get(keyword)
         if parameter is not None:

@@ -52,6 +52,7 @@ from hf_adafocal.training.run_report import (
 from hf_adafocal.training.sample_rows import mean_nll
 from hf_adafocal.training.smoothing_control import measure_slice
 from hf_adafocal.training.step_scale import StepScale
+from hf_adafocal.training.term_start import TermStart
 from hf_adafocal.training.trackers import TRACKERS, PictureCallback
 
 logger = logging.get_logger(__name__)
@@ -144,6 +145,7 @@ class AdaFocalTrainer(UploadingTrainer):
         self.add_callback(FirstStepCheck(self._check_that_the_loss_trains))
         self.adaptive_callback = self._new_adaptive_callback()
         self.add_callback(self.adaptive_callback or SaveAfterEvaluation())
+        self.add_callback(TermStart(self.loss))
         if set(TRACKERS) & set(self.args.report_to or ()):
             drawn = partial(pictures_of, self), partial(adaptation_pictures_of, self)
             self.add_callback(PictureCallback(*drawn, partial(tensorboard_writer_of, self)))

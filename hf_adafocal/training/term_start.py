@@ -1,0 +1,22 @@
+"""Callback that tells a loss how much of the run is done, for a batch term that starts in the course of it."""
+
+from torch import nn
+from transformers import TrainerCallback
+
+
+class TermStart(TrainerCallback):
+    """Set `progress` of a `CombinedLoss` before each optimizer step, so that its term starts where `start` says.
+
+    `AdaFocalTrainer` has one; give it to a stock `Trainer` whose `compute_loss_func` is such a loss.
+
+    Args:
+        loss: Any loss; one without `progress` is left alone.
+    """
+
+    def __init__(self, loss: nn.Module) -> None:
+        self.loss = loss
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        """Set the share of the optimizer steps that are done; a resumed run goes on from its own."""
+        if hasattr(self.loss, "progress"):
+            self.loss.progress = state.global_step / max(state.max_steps, 1)
