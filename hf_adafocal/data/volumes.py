@@ -72,7 +72,8 @@ def _object(kind: str, random: np.random.Generator) -> np.ndarray:
     x, y, z = (np.arange(CELL).reshape(shape) - at for shape, at in zip(_AXES, centre, strict=True))
     if kind == "hollow ball":
         distance = np.sqrt(x**2 + y**2 + z**2)
-        return (distance <= random.uniform(4.0, 4.6)) & (distance > random.uniform(1.9, 2.4))
+        outer, inner = random.uniform(4.0, 4.6), random.uniform(1.9, 2.4)
+        return (distance <= outer) & (distance > min(inner, outer - 1.8))  # no leak through a diagonal of voxels
     if kind == "torus":
         around = np.sqrt(x**2 + y**2) - random.uniform(3.1, 3.5)
         mask = around**2 + z**2 <= random.uniform(1.15, 1.4) ** 2

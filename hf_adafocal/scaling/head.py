@@ -1,5 +1,6 @@
 """Find the layer that makes a classifier's logits, by experiment, and check that it can be rescaled."""
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from hf_adafocal.preserved_state import evaluating
 
 CONVOLUTIONS = (nn.Conv2d, nn.Conv3d)
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+VOLUME_SIDE = 16  # voxels of the made-up volume
 NESTED = ("vision_config", "text_config", "backbone_config", "audio_config")
 
 
@@ -47,7 +49,7 @@ def find_head(model: Any, inputs: dict[str, Tensor] | None = None) -> nn.Linear 
 
 
 def example(model: Any) -> dict[str, Tensor]:
-    """One short text or one grey image of the size that a model's config tells.
+    """One short text, one grey image of the size that a model's config tells, or one small volume.
 
     Args:
         model: Of texts (`input_ids`) or images (`pixel_values`).
@@ -63,9 +65,12 @@ def example(model: Any) -> dict[str, Tensor]:
         ids += [end] if isinstance(end, int) and end < size else []  # BART classifies at this token
         return {kind: torch.tensor([ids], device=model.device)}
     if kind == "pixel_values":
-        channels, height, width = _image_shape(config)
-        pixels = torch.linspace(-1, 1, channels * height * width, device=model.device, dtype=model.dtype)
-        return {kind: pixels.reshape(1, channels, height, width)}
+        shape = _image_shape(config)
+        first = next((module for module in model.modules() if isinstance(module, CONVOLUTIONS)), None)
+        if isinstance(first, nn.Conv3d):
+            shape = (first.in_channels, *[VOLUME_SIDE] * 3)
+        pixels = torch.linspace(-1, 1, math.prod(shape), device=model.device, dtype=model.dtype)
+        return {kind: pixels.reshape(1, *shape)}
     raise ValueError(f"{type(model).__name__} takes {kind}; give a batch of them as `inputs` to find its head with.")
 
 
@@ -82,7 +87,7 @@ def _outputs(module: Any) -> int | None:
     return module.out_channels if found is None and isinstance(module, CONVOLUTIONS) else found
 
 
-def _image_shape(config: Any) -> tuple[int, int, int]:
+def _image_shape(config: Any) -> tuple[int, ...]:
     timm = getattr(config, "pretrained_cfg", None) or {}
     if timm.get("input_size"):
         return tuple(timm["input_size"])

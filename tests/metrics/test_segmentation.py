@@ -1,0 +1,115 @@
+"""Metrics of dense prediction: against slow loops, by hand, and what is resampled."""
+
+import numpy as np
+import pytest
+
+from hf_adafocal.metrics.segmentation import count_dense, dense_intervals, dense_metrics
+
+
+def predictions(images=5, shape=(6, 7), classes=3, seed=0, ignored=0.1):
+    random = np.random.default_rng(seed)
+    probabilities = random.dirichlet(np.ones(classes), (images, *shape))
+    labels = random.integers(0, classes, (images, *shape))
+    labels[random.random(labels.shape) < ignored] = -100
+    return probabilities.max(-1), probabilities.argmax(-1), labels
+
+
+def slow_ece(confidence, correct, num_bins=15):
+    total = 0.0
+    for low in range(num_bins):
+        inside = [i for i, c in enumerate(confidence) if low / num_bins < c <= (low + 1) / num_bins]
+        total += abs(sum(confidence[i] for i in inside) - sum(correct[i] for i in inside))
+    return total / len(confidence)
+
+
+class TestDenseMetrics:
+    def test_calibration_errors_equal_a_slow_loop_over_the_pixels_that_each_is_about(self):
+        confidence, predicted, labels = predictions()
+        found = dense_metrics(count_dense(confidence, predicted, labels, 3))
+        counted = labels != -100
+        hit = predicted == labels
+        assert found["pixel_ece"] == pytest.approx(slow_ece(confidence[counted], hit[counted]))
+        objects = counted & ((labels > 0) | (predicted > 0))
+        assert found["foreground_ece"] == pytest.approx(slow_ece(confidence[objects], hit[objects]))
+        single = [slow_ece(c[k], h[k]) for c, h, k in zip(confidence, hit, counted, strict=True)]
+        assert found["image_ece"] == pytest.approx(np.mean(single))
+
+    def test_overlaps_equal_sets_of_pixels(self):
+        confidence, predicted, labels = predictions()
+        found = dense_metrics(count_dense(confidence, predicted, labels, 3))
+        for kind in range(3):
+            chosen = set(np.flatnonzero((predicted == kind) & (labels != -100)))
+            true = set(np.flatnonzero(labels == kind))
+            assert found[f"dice_{kind}"] == pytest.approx(2 * len(chosen & true) / (len(chosen) + len(true)))
+            assert found[f"iou_{kind}"] == pytest.approx(len(chosen & true) / len(chosen | true))
+        assert found["dice"] == pytest.approx((found["dice_1"] + found["dice_2"]) / 2)
+
+    def test_a_confident_background_hides_a_bad_foreground_from_the_pooled_error_alone(self):
+        labels = np.zeros((1, 100, 100), dtype=int)
+        predicted = labels.copy()
+        labels[0, :5, :10] = 1
+        confidence = np.where(labels == 1, 0.9, 1.0)  # every object is missed at confidence 0.9
+        found = dense_metrics(count_dense(confidence, predicted, labels, 2))
+        assert found["pixel_ece"] == pytest.approx(0.0045) and found["foreground_ece"] == pytest.approx(0.9)
+
+    def test_betti_errors_by_hand(self):
+        ring = np.pad(np.ones((3, 3), dtype=int), 1)
+        hole = ring.copy()
+        hole[2, 2] = 0
+        two = ring.copy()
+        two[:, 2] = 0
+        confidence = np.ones((2, 5, 5))
+        found = dense_metrics(count_dense(confidence, np.stack([ring, two]), np.stack([hole, ring]), 2))
+        assert found["betti_0_error"] == 0.5 and found["betti_1_error"] == 0.5
+        without = dense_metrics(count_dense(confidence, np.stack([ring, two]), np.stack([hole, ring]), 2, betti=False))
+        assert "betti_0_error" not in without
+
+    def test_classes_that_nobody_has_or_predicts_have_no_overlap(self):
+        zeros = np.zeros((2, 4, 5), dtype=int)
+        found = dense_metrics(count_dense(np.full(zeros.shape, 0.8), zeros, zeros, 3))
+        assert found["dice_0"] == 1 and not {"dice", "dice_1", "dice_2", "foreground_ece"} & found.keys()
+
+    def test_images_and_pixels_are_counted(self):
+        confidence, predicted, labels = predictions()
+        counts = count_dense(confidence, predicted, labels, 3)
+        assert counts.num_images == 5 and counts.num_pixels == (labels != -100).sum()
+
+    def test_an_image_without_a_counted_pixel_changes_no_calibration_error(self):
+        confidence, predicted, labels = predictions()
+        whole = dense_metrics(count_dense(confidence, predicted, labels, 3, betti=False))
+        more = [np.concatenate([part, part[:1]]) for part in (confidence, predicted, labels)]
+        more[2][-1] = -100
+        assert dense_metrics(count_dense(*more, 3, betti=False)) == pytest.approx(whole)
+
+    def test_volumes_are_taken(self):
+        confidence, predicted, labels = predictions(shape=(3, 4, 5))
+        assert "betti_2_error" in dense_metrics(count_dense(confidence, predicted, labels, 3))
+
+    def test_shapes_labels_and_empty_sets_that_do_not_fit_are_an_error(self):
+        confidence, predicted, labels = predictions()
+        with pytest.raises(ValueError, match="one shape"):
+            count_dense(confidence[:2], predicted, labels, 3)
+        with pytest.raises(ValueError, match=r"must lie in \[0, 2\)"):
+            count_dense(confidence, predicted, labels, 2)
+        with pytest.raises(ValueError, match="Every label is ignored"):
+            count_dense(confidence, predicted, np.full_like(labels, -100), 3)
+
+
+class TestDenseIntervals:
+    def test_copies_of_one_image_have_an_interval_of_width_zero(self):
+        one = [np.repeat(part, 4, axis=0) for part in predictions(images=1)]
+        counts = count_dense(*one, 3)
+        found, metrics = dense_intervals(counts, num_resamples=20), dense_metrics(counts)
+        assert all(ends == pytest.approx((metrics[name], metrics[name])) for name, ends in found.items())
+
+    def test_images_that_differ_give_a_wider_interval_than_their_pixels_resampled_would(self):
+        labels = np.zeros((10, 20, 20), dtype=int)
+        predicted = labels.copy()
+        predicted[:5] = 1  # half of the images are wrong throughout
+        counts = count_dense(np.full(labels.shape, 0.75), predicted, labels, 2, betti=False)
+        low, high = dense_intervals(counts, num_resamples=300)["pixel_ece"]
+        assert high - low > 4 * 1.96 * np.sqrt(0.25 / labels.size)
+
+    def test_one_image_is_an_error(self):
+        with pytest.raises(ValueError, match="two images at least, found 1"):
+            dense_intervals(count_dense(*predictions(images=1), 3))
