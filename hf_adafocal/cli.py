@@ -84,13 +84,13 @@ def _parser() -> argparse.ArgumentParser:
         return added
 
     train = verb(
-        "train", _train, "fine-tune a text or image classifier and report its calibration",
+        "train", _train, "fine-tune a text, image or segmentation model and report its calibration",
         "Fine-tune a classifier with AdaFocal or another loss; write checkpoint, report, pictures and model card. The "
         "arguments below describe data, model and loss.",
         "hf-adafocal train text --dataset FOLDER --model_name_or_path distilbert/distilbert-base-uncased",
         passed_on=_training_arguments,
     )  # fmt: skip
-    train.add_argument("task", choices=("text", "vision"))
+    train.add_argument("task", choices=("text", "vision", "segmentation"))
 
     compare = verb(
         "compare", _compare, "fine-tune with several losses and seeds, print one table and a verdict",

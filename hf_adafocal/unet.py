@@ -54,8 +54,7 @@ class UNet3DForSemanticSegmentation(PreTrainedModel):
         self.num_labels = config.num_labels
         widths = config.widths
         self.down = nn.ModuleList(
-            _block(before, width)
-            for before, width in zip([config.num_channels, *widths], widths, strict=False)
+            _block(before, width) for before, width in zip([config.num_channels, *widths], widths, strict=False)
         )
         self.up = nn.ModuleList(
             _block(below + width, width) for width, below in zip(widths[-2::-1], widths[:0:-1], strict=True)
@@ -94,9 +93,7 @@ class UNet3DForSemanticSegmentation(PreTrainedModel):
         logits = self.classifier(features)
         loss = None
         if labels is not None:
-            loss = F.cross_entropy(
-                logits.float(), labels.long(), ignore_index=self.config.semantic_loss_ignore_index
-            )
+            loss = F.cross_entropy(logits.float(), labels.long(), ignore_index=self.config.semantic_loss_ignore_index)
         output = SemanticSegmenterOutput(loss=loss, logits=logits)
         return output.to_tuple() if return_dict is False else output
 

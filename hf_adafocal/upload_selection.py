@@ -26,7 +26,7 @@ from hf_adafocal.checkpoint_files import (
 )
 
 REPORT = "report.json"
-PICTURES = ("reliability.png", "gamma.png", "smoothing.png")
+PICTURES = ("reliability.png", "gamma.png", "smoothing.png", "overlay.png")
 EXAMPLE = "example.png"  # an input that the card shows
 ABOUT_WEIGHTS = (REPORT, *PICTURES, EXAMPLE)
 # Pattern of a path, a `*` within one folder, and what the file must hold.

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy import stats
 
 from hf_adafocal import AdaFocalLoss, CombinedLoss, CrossEntropyLoss, FocalLoss, calibrate, fit_temperature
 from hf_adafocal.data.volumes import synthetic_volumes
@@ -95,6 +96,44 @@ def run(seed: int, base: str, folder: Path, steps: int, weights=WEIGHTS) -> None
         print(arm, seed, "dice at half", round(at_half["dice"], 3), "T", round(temperature, 3), shown, flush=True)
 
 
+def tables(folder: Path) -> str:
+    """Means over the seeds that all arms have, and paired differences with 95 % intervals of Student's t."""
+    runs = {(row["arm"], row["seed"]): row for row in map(json.loads, map(Path.read_text, folder.glob("*.json")))}
+    arms = [*BASES, *(f"{base}+{weight}" for base in ("focal", "adafocal") for weight in WEIGHTS)]
+    seeds = sorted({seed for _, seed in runs if all((arm, seed) in runs for arm in arms)})
+    values = {
+        (arm, when, name): np.array([runs[arm, seed][when][name] for seed in seeds])
+        for arm in arms
+        for when in ("before", "after")
+        for name in METRICS
+        if name in runs[arm, seeds[0]][when]
+    }
+    half = {arm: np.array([runs[arm, seed]["dice_at_half"] for seed in seeds]) for arm in BASES}
+    lines = [f"{len(seeds)} seeds: {', '.join(map(str, seeds))}. Dice at half of the run: "]
+    lines[0] += ", ".join(f"{arm} {value.mean():.3f}" for arm, value in half.items())
+    lines += ["", "| loss | T | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 2) + "|"]
+    for arm in arms:
+        for when, temperature in (("before", "1"), ("after", "fitted")):
+            if when == "after":
+                mean = np.mean([runs[arm, seed]["temperature"] for seed in seeds])
+                temperature = f"{mean:.2f}"
+            cells = [
+                f"{values[arm, when, name].mean():.4f}" if (arm, when, name) in values else "" for name in METRICS
+            ]
+            lines.append(f"| {arm} | {temperature} | " + " | ".join(cells) + " |")
+    lines += ["", "| difference | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 1) + "|"]
+    pairs = [(f"{base}+{weight}", base) for base in ("focal", "adafocal") for weight in WEIGHTS]
+    pairs += [("focal", "cross_entropy"), ("adafocal", "cross_entropy"), ("adafocal", "focal")]
+    reach = float(stats.t.ppf(0.975, len(seeds) - 1)) / np.sqrt(len(seeds))
+    for one, other in pairs:
+        cells = []
+        for name in METRICS:
+            difference = values[one, "before", name] - values[other, "before", name]
+            cells.append(f"{difference.mean():+.4f} ± {reach * difference.std(ddof=1):.4f}")
+        lines.append(f"| {one} - {other} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     """Run what is missing, or print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -104,9 +143,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true")
     options = parser.parse_args()
     if options.table:
-        from study_tables import topology_tables
-
-        print(topology_tables(options.folder, METRICS))
+        print(tables(options.folder))
         return
     options.folder.mkdir(parents=True, exist_ok=True)
     for seed in options.seeds:

@@ -108,7 +108,9 @@ class TestImportCost:
     def test_the_package_loads_neither_torch_nor_transformers(self):
         assert not loaded_by("import hf_adafocal") & {"torch", "transformers", "datasets", "evaluate", "numpy"}
 
-    @pytest.mark.parametrize("name", ["scores", "bin_free", "selective", "ood", "histogram", "bootstrap", "gate", "segmentation"])
+    @pytest.mark.parametrize(
+        "name", ["scores", "bin_free", "selective", "ood", "histogram", "bootstrap", "gate", "segmentation"]
+    )
     def test_metrics_need_numpy_alone(self, name):
         heavy = {"torch", "transformers", "datasets", "evaluate", "scipy", "sklearn", "matplotlib"}
         loaded = loaded_by(f"import hf_adafocal.metrics.{name}")

@@ -72,8 +72,8 @@ class CombinedLoss(ClassificationLoss):
 
     Args:
         term: Which term, a name in `TERMS`.
-        base: The per-sample loss; if left out focal loss for "topological_focal", else cross-entropy. With an `AdaFocalLoss` its table moves as it
-            does alone. Class weights belong here. It must have reduction "mean".
+        base: The per-sample loss; if left out focal loss for "topological_focal", else cross-entropy. With an
+            `AdaFocalLoss` its table moves as it does alone. Class weights belong here. It must have reduction "mean".
         auxiliary_weight: Weight of the term; the authors' if left out.
         weight: Class weights make no sense for a term: an error. Give them to the base.
         ignore_index: Label of samples that do not count; that of the base if left out.

@@ -116,9 +116,7 @@ def _matched(
     return found
 
 
-def persistence_pairs(
-    complex_of: Any, volume: np.ndarray, construction: str
-) -> tuple[list[np.ndarray], np.ndarray]:
+def persistence_pairs(complex_of: Any, volume: np.ndarray, construction: str) -> tuple[list[np.ndarray], np.ndarray]:
     """Cells of a sublevel filtration at which topological features are born and die.
 
     Args:

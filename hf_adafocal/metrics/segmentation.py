@@ -134,7 +134,8 @@ def dense_metrics(counts: DenseCounts) -> dict[str, float]:
         counts: Of `count_dense`.
 
     Returns:
-        `pixel_ece` of all pixels; `foreground_ece` of those whose label or prediction is not background (absent if
+        `pixel_accuracy` and `pixel_ece` of all pixels; `foreground_ece` of those whose label or prediction is not
+        background (absent if
         there are none); `image_ece`, the mean over images of the error of each; `dice_K` and `iou_K` of each class K
         that some pixel has or is given, pooled over images, and their means over foreground classes, `dice` and `iou`
         (absent if there is no object at all); and `betti_0_error`, `betti_1_error`, ... the mean over images of the
@@ -145,7 +146,8 @@ def dense_metrics(counts: DenseCounts) -> dict[str, float]:
     >>> round(metrics["pixel_ece"], 3), round(metrics["dice"], 3), metrics["betti_0_error"]
     (0.35, 0.667, 0.0)
     """
-    found = {"pixel_ece": _ece(counts.bins.sum(axis=0))}
+    pixels = counts.bins.sum(axis=0)
+    found = {"pixel_accuracy": float(pixels[:, 1].sum() / pixels[:, 0].sum()), "pixel_ece": _ece(pixels)}
     foreground = counts.foreground_bins.sum(axis=0)
     if foreground[:, 0].any():
         found["foreground_ece"] = _ece(foreground)

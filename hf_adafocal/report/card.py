@@ -29,8 +29,10 @@ from hf_adafocal.upload_selection import EXAMPLE
 CARD = "README.md"
 START = "<!-- calibration report of hf-adafocal: the text down to its end marker is replaced by the next one -->"
 END = "<!-- end of the calibration report of hf-adafocal -->"
+OVERLAY = "overlay.png"
 PICTURES = {
     "reliability.png": "Accuracy against confidence, with the number of samples in each bin",
+    OVERLAY: "Image, label, prediction, confidence and error of one test image",
     "gamma.png": "Gamma of each confidence bin over training",
     "smoothing.png": "Smoothing of the labels over training",
 }
@@ -307,6 +309,8 @@ def _block(report: Report, repo_id: str, pictures: Sequence[str]) -> str:
         splits=card_text.splits_sentence(report),
         dropped=dropped,
         adapted_picture=adapted,
+        dense=card_text.dense_sentence(values, report.test.intervals.get(report.shipped, {})),
+        overlay=OVERLAY in pictures,
         adapted_alt=PICTURES.get(adapted or "", ""),
         limits=list(filter(None, limits)),
         weights=report.weights,

@@ -296,3 +296,29 @@ def _percent(share: float) -> str:
 def short(value: Any) -> str:
     """A number with as many digits as tell something."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+DENSE = {
+    "dice": "Dice of the foreground classes",
+    "iou": "IoU",
+    "foreground_ece": "ECE of pixels whose label or prediction is not background",
+    "image_ece": "mean ECE of single images",
+    "betti_0_error": "error of the number of components per image",
+    "betti_1_error": "of loops",
+    "betti_2_error": "of cavities",
+}
+
+
+def dense_sentence(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]) -> str | None:
+    """What a report of a segmentation model says image by image; None of other models."""
+    if "num_images" not in metrics:
+        return None
+    shown = []
+    for name in (name for name in DENSE if name in metrics):
+        ends = " to ".join(f"{end:.3f}" for end in intervals.get(name, ()))
+        shown.append(f"{DENSE[name]} {metrics[name]:.3f}" + (f" ({ends})" if ends else ""))
+    return (
+        f"The samples are {int(metrics['num_samples']):,} pixels of {int(metrics['num_images']):,} images, and pixels "
+        f"of one image are not independent. Image by image, with 95 % intervals that resample images: "
+        f"{'; '.join(shown)}."
+    )

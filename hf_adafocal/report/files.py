@@ -10,7 +10,7 @@ from typing import Any
 from transformers.utils import logging
 
 from hf_adafocal.report.atomic import write_atomically
-from hf_adafocal.report.card import PICTURES, check_current, write_card
+from hf_adafocal.report.card import OVERLAY, PICTURES, check_current, write_card
 from hf_adafocal.report.schema import RAW, SCALED, Report
 from hf_adafocal.report.tables import scores_titles
 
@@ -116,5 +116,5 @@ def draw(folder: str | Path, report: Report) -> None:
             content = io.BytesIO()
             figures[name].savefig(content, format="png")
             write_atomically(path, content.getvalue())
-        else:
+        elif name != OVERLAY or "num_images" not in report.metrics:  # that of a segmenter is drawn with its images
             path.unlink(missing_ok=True)

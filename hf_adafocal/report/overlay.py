@@ -1,5 +1,7 @@
 """Picture of a segmentation: image, label, prediction, confidence and error side by side."""
 
+from typing import Any
+
 import numpy as np
 from matplotlib.figure import Figure
 
@@ -30,7 +32,7 @@ def overlay(image: np.ndarray, label: np.ndarray, prediction: np.ndarray, confid
         image, label, prediction, confidence = image[near], label[at], prediction[at], confidence[at]
     figure = Figure(figsize=(12, 2.8), dpi=150, layout="constrained")
     highest = max(int(label.max()), int(prediction.max()), 1)
-    panels = [
+    panels: list[tuple[str, np.ndarray, dict[str, Any]]] = [
         ("image", image, {"cmap": "gray"}),
         ("label", label, {"cmap": "viridis", "vmin": 0, "vmax": highest}),
         ("prediction", prediction, {"cmap": "viridis", "vmin": 0, "vmax": highest}),

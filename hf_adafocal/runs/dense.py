@@ -14,15 +14,30 @@ from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.segmentation import DenseCounts, count_dense, dense_intervals, dense_metrics
 from hf_adafocal.preserved_state import evaluating, random_state_kept
 from hf_adafocal.report.atomic import write_atomically
+from hf_adafocal.report.card import OVERLAY
 from hf_adafocal.report.files import pictures, save_report
 from hf_adafocal.report.schema import Report
 
-OVERLAY = "overlay.png"
-COLUMNS = ("dice", "iou", "pixel_ece", "foreground_ece", "image_ece", "betti_0_error", "betti_1_error", "betti_2_error")
+COLUMNS = (
+    "dice",
+    "iou",
+    "pixel_ece",
+    "foreground_ece",
+    "image_ece",
+    "betti_0_error",
+    "betti_1_error",
+    "betti_2_error",
+)
 
 
 def measure_images(
-    model: Any, rows: Any, collator: Callable, batch_size: int = 8, *, construction: str = "V"
+    model: Any,
+    rows: Any,
+    collator: Callable,
+    batch_size: int = 8,
+    *,
+    construction: str | None = "V",
+    change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[DenseCounts, dict[str, np.ndarray]]:
     """Count what the metrics of dense prediction need, and keep the image that has most foreground for a picture.
 
@@ -31,7 +46,8 @@ def measure_images(
         rows: Data set of `pixel_values` and `labels`.
         collator: Makes batches.
         batch_size: Images of a forward pass.
-        construction: Of the Betti numbers.
+        construction: Of the Betti numbers; None to leave them out.
+        change: Applied to the logits, classes last, such as `Scaling.undo`.
 
     Returns:
         The counts; and `image`, `label`, `prediction`, `confidence` of one image, shape `(d1, ...)`.
@@ -42,12 +58,14 @@ def measure_images(
         for batch in DataLoader(rows, batch_size, collate_fn=collator):
             labels = batch["labels"].to(model.device)
             outputs = model(pixel_values=batch["pixel_values"].to(model.device))
-            probabilities = classes_last(outputs.logits, labels).float().softmax(-1)
+            logits = classes_last(outputs.logits, labels).float()
+            if change is not None:
+                logits = torch.from_numpy(change(logits.cpu().numpy()))
+            probabilities = logits.softmax(-1)
             top, predicted = probabilities.max(-1)
             found = top.cpu().numpy(), predicted.cpu().numpy(), labels.cpu().numpy()
-            parts.append(
-                count_dense(*found, probabilities.shape[-1], ignore_index=ignore_index, construction=construction)
-            )
+            options: dict[str, Any] = {"betti": construction is not None, "construction": construction or "V"}
+            parts.append(count_dense(*found, probabilities.shape[-1], ignore_index=ignore_index, **options))
             for index, label in enumerate(found[2]):
                 size = int(((label > 0) & (label != ignore_index)).sum())
                 if size > most:
@@ -59,7 +77,9 @@ def measure_images(
                         "prediction": found[1][index],
                         "confidence": found[0][index],
                     }
-    return DenseCounts(*(np.concatenate(part) for part in zip(*parts, strict=True))), shown
+    columns = zip(*parts, strict=True)
+    joined: list[Any] = [None if part[0] is None else np.concatenate(part) for part in columns]
+    return DenseCounts(*joined), shown
 
 
 def add_dense_metrics(
@@ -76,14 +96,23 @@ def add_dense_metrics(
         construction: Of the Betti numbers; that of the loss.
 
     Returns:
-        The report with the metrics of `dense_metrics` and `num_images` in the row of the checkpoint's own scores.
+        The report with the metrics of `dense_metrics` and `num_images` in each row, Betti errors in that of the
+        checkpoint's own scores. All its intervals resample images, those of accuracy and ECE too.
     """
-    counts, shown = measure_images(model, rows, collator, construction=construction)
-    metrics = {**dense_metrics(counts), "num_images": counts.num_images}
-    intervals = dense_intervals(counts) if counts.num_images > 1 else {}
-    test, row = report.test, report.shipped
-    ends = {**test.intervals, row: {**test.intervals.get(row, {}), **intervals}}
-    changed = {row: {**report.metrics, **metrics}, "intervals": ends, "num_resamples": test.num_resamples or 1000}
+    test, scaling = report.test, report.test.scaling
+    other = None if scaling is None else (scaling.undo if report.folded else scaling.apply)
+    shown: dict[str, np.ndarray] = {}
+    changed: dict[str, Any] = {"intervals": {}, "num_resamples": 1000}
+    for row, metrics in test.rows().items():
+        own = row == report.shipped
+        counts, found = measure_images(
+            model, rows, collator, construction=construction if own else None, change=None if own else other
+        )
+        changed[row] = {**metrics, **dense_metrics(counts), "num_images": counts.num_images}
+        shown = found if own else shown
+        if counts.num_images > 1:
+            ends = dense_intervals(counts)
+            changed["intervals"][row] = {**ends, "accuracy": ends["pixel_accuracy"], "ece": ends["pixel_ece"]}
     report = replace(report, test=replace(test, **changed))
     plots = pictures()
     if plots is not None:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel, pipeline
 from hf_adafocal.data.images import to_rgb
 from hf_adafocal.data.loading import BUILT_IN, HUB_IDS
 from hf_adafocal.report.facts import DataSource
-from hf_adafocal.runs.tasks import ImageTask, Prepared, Task
+from hf_adafocal.runs.tasks import ImageTask, Prepared, SegmentationTask, Task
 from hf_adafocal.upload_selection import EXAMPLE
 
 _HTTPError = cast("type[Exception]", HfHubHTTPError.__bases__[0])  # of httpx
@@ -34,6 +34,8 @@ def make_examples(
     Returns:
         `{"input": text or "example.png", "scores": {label: score}}`, or nothing.
     """
+    if isinstance(task, SegmentationTask):  # its pipeline gives masks, not scores
+        return ()
     given = prepared.example if is_public(task.dataset) else None
     if isinstance(task, ImageTask):
         if given is None:

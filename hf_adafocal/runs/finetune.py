@@ -20,8 +20,9 @@ from hf_adafocal.report.tables import results_table
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs import run_record
 from hf_adafocal.runs.arguments import parse_arguments, settings_by_loss
+from hf_adafocal.runs.dense import add_dense_metrics, dense_table
 from hf_adafocal.runs.examples import make_examples
-from hf_adafocal.runs.tasks import Prepared, Task
+from hf_adafocal.runs.tasks import Prepared, SegmentationTask, Task
 from hf_adafocal.scaling.folding import load_classifier
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 from hf_adafocal.training.trainer import AdaFocalTrainer
@@ -65,6 +66,8 @@ def train(task_class: type[Task], arguments: Sequence[str] | None = None, prog: 
     report = finetune(task, args, baselines={} if beside is None else baseline_rows(beside, baseline))
     if args.process_index == 0:
         print(results_table(report, beside))
+        if task_class is SegmentationTask:
+            print(f"\n{dense_table(report)}")
         print(f"\n{results_in_words(report, beside)}")
     PartialState().destroy_process_group()
 
@@ -136,6 +139,15 @@ def finetune(
         overlap={"policy": args.split_overlap, "rows": check.overlap, "dropped": check.dropped},
         training={"runtime_seconds": outcome.metrics["train_runtime"], "task": run_record.published(task)},
     )
+    if isinstance(task, SegmentationTask) and trainer.is_world_process_zero():
+        report = add_dense_metrics(
+            report,
+            trainer.network,
+            splits.test,
+            prepared.data_collator,
+            folder,
+            construction=args.topology_construction or "V",
+        )
     if trainer.is_world_process_zero():
         run_record.RunRecord.of(task, args).save(folder)
     if args.push_to_hub:

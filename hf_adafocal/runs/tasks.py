@@ -9,6 +9,7 @@ from transformers import (
     AutoConfig,
     AutoImageProcessor,
     AutoModelForImageClassification,
+    AutoModelForSemanticSegmentation,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
@@ -16,6 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
+from hf_adafocal.data.dense import encode_masks, highest_class, mask_splits, volume_splits
 from hf_adafocal.data.encoding import encode_images, encode_texts
 from hf_adafocal.data.loading import Splits, load_splits
 from hf_adafocal.models import (
@@ -24,6 +26,7 @@ from hf_adafocal.models import (
     timm_classifier,
     train_word_level_tokenizer,
 )
+from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
 
 
 class Prepared(NamedTuple):
@@ -259,4 +262,81 @@ def short_text(texts: Iterable[str], shortest: int = 20, longest: int = 200) -> 
     return next((line for line in lines if shortest <= len(line) <= longest), None)
 
 
-TASKS: dict[str, type[Task]] = {"text": TextTask, "vision": ImageTask}
+@dataclass
+class SegmentationTask(Task):
+    """Semantic segmentation: a small 3D U-Net on synthetic volumes, or any checkpoint on images with label masks."""
+
+    dataset: str = field(
+        default="volumes",
+        metadata={"help": "volumes (synthetic, of known topology), a Hub id or a local folder of images and masks."},
+    )
+    architecture: str = field(
+        default="unet3d", metadata={"help": "Network that is trained from scratch: unet3d, for volumes."}
+    )
+    volume_size: int = field(default=24, metadata={"help": "Side of the synthetic volumes, in voxels."})
+    num_classes: int | None = field(
+        default=None, metadata={"help": "Classes, background included (default: from the training masks)."}
+    )
+
+    from_scratch: ClassVar[dict[str, Any]] = {
+        "output_dir": "runs/segmentation",
+        "calibrate_at_end": True,
+        "eval_strategy": "epoch",
+        "num_train_epochs": 15,
+        "learning_rate": 1e-2,
+        "per_device_train_batch_size": 4,
+        "per_device_eval_batch_size": 8,
+        "weight_decay": 0.01,
+        "warmup_steps": 0.1,
+        "lr_scheduler_type": "cosine",
+        "save_strategy": "no",
+        "logging_steps": 20,
+        "remove_unused_columns": False,  # images are encoded as they are read
+    }
+    fine_tuned: ClassVar[dict[str, Any]] = {"learning_rate": 6e-5, "num_train_epochs": 10}
+
+    def prepare(self, seed: int) -> Prepared:
+        """Make or load the data, and describe the model.
+
+        Raises:
+            ValueError: If the data and the network do not fit each other.
+        """
+        seed = seed if self.split_seed is None else self.split_seed
+        checkpoint = self.model_name_or_path
+        if checkpoint is None and (self.dataset != "volumes" or self.architecture != "unet3d"):
+            raise ValueError(
+                f"From scratch there is the architecture unet3d, for --dataset volumes; found {self.architecture!r} "
+                f"and {self.dataset!r}. Images need a checkpoint: --model_name_or_path nvidia/mit-b0."
+            )
+        if self.dataset == "volumes":
+            splits, processor = volume_splits(self.volume_size, seed, self.max_train_samples), None
+            classes = self.num_classes or 2
+        else:
+            splits = mask_splits(
+                self.dataset,
+                input_column=self.input_column,
+                label_column=self.label_column,
+                holdout_fraction=self.holdout_fraction,
+                max_train_samples=self.max_train_samples,
+                seed=seed,
+            )
+            classes = self.num_classes or highest_class(splits.train) + 1
+            processor = AutoImageProcessor.from_pretrained(checkpoint)
+            splits = encode_masks(splits, processor)
+        names = ["background", *(["object"] if classes == 2 else [f"class {k}" for k in range(1, classes)])]
+        labels: dict[str, Any] = {
+            "id2label": dict(enumerate(names)),
+            "label2id": {name: index for index, name in enumerate(names)},
+        }
+
+        def model_init() -> PreTrainedModel:
+            if checkpoint is None:
+                return UNet3DForSemanticSegmentation(UNet3DConfig(num_labels=classes, **labels))
+            return AutoModelForSemanticSegmentation.from_pretrained(
+                checkpoint, num_labels=classes, ignore_mismatched_sizes=True, **labels
+            )
+
+        return Prepared(splits, model_init, processor, DefaultDataCollator())
+
+
+TASKS: dict[str, type[Task]] = {"text": TextTask, "vision": ImageTask, "segmentation": SegmentationTask}

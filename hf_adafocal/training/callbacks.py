@@ -207,7 +207,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
         metric_key_prefix: Prefix of the evaluation to wait for; "eval" or "eval_calibration" if left out.
         log: As in `AdaptiveStateCallback`.
         evaluate: Called at the end of each epoch when `eval_strategy` is "no", to evaluate the calibration set.
-        calibration_size: Rows of the calibration set, for the line that describes the run; None if unknown.
+        calibration_text: Size of the calibration set in words, for the line that describes the run.
 
     Raises:
         ValueError: As training begins, if nothing would ever be evaluated; after an epoch, if no evaluation was of
@@ -221,11 +221,11 @@ class AdaFocalCallback(AdaptiveStateCallback):
         metric_key_prefix: str | None = None,
         log: Callable[[dict[str, float]], None] | None = None,
         evaluate: Callable[[], Any] | None = None,
-        calibration_size: int | None = None,
+        calibration_text: str = "",
     ) -> None:
         super().__init__(loss, log)
         self.calibrate = calibrate
-        self.calibration_size = calibration_size
+        self.calibration_text = calibration_text
         self.prefixes = ("eval", "eval_calibration") if metric_key_prefix is None else (metric_key_prefix,)
         self.evaluate = evaluate
         self._training = False
@@ -287,7 +287,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
     def _describe(self, args, state) -> None:
         """Say how often gamma will move, and what few updates mean."""
         expected = expected_evaluations(args, state)
-        samples = "" if self.calibration_size is None else f" and {self.calibration_size:,} calibration samples"
+        samples = f" and {self.calibration_text}" if self.calibration_text else ""
         text = f"{type(self.loss).__name__} with {self.loss.num_bins} bins{samples}: gamma will move {expected} times"
         if expected >= FEW_UPDATES:
             logger.info(f"{text}.")

@@ -1,6 +1,7 @@
 """What a run trains with, resolved once: the loss, its settings, and the data sets in their roles."""
 
 import copy
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -81,6 +82,19 @@ class RunPlan:
             if is_stream(self.calibration_dataset) or self.calibration_dataset is None
             else len(self.calibration_dataset)
         )
+
+    @property
+    def calibration_text(self) -> str:
+        """What the bins of the calibration set count, in words; empty if there is none or it is a stream."""
+        size, dataset = self.calibration_size, self.calibration_dataset
+        if not size:
+            return ""
+        with random_state_kept():
+            labels = dataset[0].get("labels") if isinstance(dataset[0], Mapping) else None
+        shape = np.shape(labels) if labels is not None else ()
+        if len(shape) < 2:  # sequences differ in length
+            return f"{size:,} calibration {'samples' if not shape else 'sequences'}"
+        return f"{size * math.prod(shape):,} calibration pixels of {size:,} images"
 
     @property
     def calibration_prefix(self) -> str | None:

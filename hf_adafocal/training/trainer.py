@@ -175,7 +175,7 @@ class AdaFocalTrainer(UploadingTrainer):
         if adaptive.follows == "bins":
             prefix = plan.calibration_prefix or plan.first_prefix
             return AdaFocalCallback(
-                adaptive, self._awaited_statistics, prefix, self.log, self._evaluate_calibration, plan.calibration_size
+                adaptive, self._awaited_statistics, prefix, self.log, self._evaluate_calibration, plan.calibration_text
             )
         size, options = plan.calibration_size or 0, {"processes": self.processes.count, **self._steering}
         return SmoothingCallback(adaptive, partial(measure_slice, self), size, log=self.log, **options)
@@ -184,8 +184,6 @@ class AdaFocalTrainer(UploadingTrainer):
     def _steering(self) -> dict[str, Any]:
         named = zip(("every", "samples", "gain"), STEERING_ARGUMENTS, strict=True)
         return {name: getattr(self.args, argument, None) for name, argument in named}
-
-    # Training --------------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """As `ResumableTrainer.train`; a damaged checkpoint changes nothing, and `calibrate_at_end` is heeded.
@@ -280,8 +278,6 @@ class AdaFocalTrainer(UploadingTrainer):
             )
         logger.warning(text)
 
-    # Evaluation ------------------------------------------------------------------------------------------------------
-
     def _evaluation_loss(self, logits, targets):
         if self.recorder.active:
             return mean_nll(self.recorder.observe(logits, targets))
@@ -328,8 +324,6 @@ class AdaFocalTrainer(UploadingTrainer):
         """For the callback, where the Trainer evaluates nothing by itself."""
         prefix = self._calibration_prefix or self.plan.first_prefix
         self.evaluate(self.calibration_dataset, metric_key_prefix=prefix)
-
-    # Report ----------------------------------------------------------------------------------------------------------
 
     def write_report(self, test_dataset: Any = None, **facts: Any) -> Report:
         """Measure the model as it is and write `report.json`, pictures and the model card into `output_dir`.

@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
+from loss_names import ANY_SHAPE
 from transformers import Trainer, TrainingArguments
 
-from loss_names import ANY_SHAPE
 from hf_adafocal import AdaFocalCallback, AdaFocalTrainer, CombinedLoss
 from hf_adafocal.losses import AdaDualFocalLoss, AdaFocalLoss, CrossEntropyLoss, FLSD53Loss, FocalLoss
 from hf_adafocal.losses.batch_loss import TERMS

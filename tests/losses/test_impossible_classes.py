@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-
 from loss_names import ANY_SHAPE
+
 from hf_adafocal.losses import LabelSmoothingLoss
 from hf_adafocal.losses.aurc import SCORES
 from hf_adafocal.losses.functional import label_smoothing_loss

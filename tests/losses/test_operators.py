@@ -7,11 +7,11 @@ import pytest
 import torch
 import torchgen
 import yaml
+from loss_names import ANY_SHAPE
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from loss_names import ANY_SHAPE
 from hf_adafocal.losses import AdaFocalLoss, CombinedLoss, CrossEntropyLoss
 from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES
 

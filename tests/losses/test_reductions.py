@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from loss_names import ANY_SHAPE
 from sklearn.utils.class_weight import compute_class_weight
 
-from loss_names import ANY_SHAPE
 from hf_adafocal.losses import CombinedLoss, CrossEntropyLoss, FocalLoss, balanced_class_weights
 from hf_adafocal.losses.batch_samples import MOST_PAIRED
 from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES

@@ -1,0 +1,87 @@
+"""A segmentation run from the command line: report, card, picture, checkpoint; and images with masks."""
+
+import numpy as np
+import pytest
+from datasets import Dataset, Image
+from PIL import Image as PILImage
+from transformers import (
+    AutoModelForSemanticSegmentation,
+    SegformerConfig,
+    SegformerForSemanticSegmentation,
+    SegformerImageProcessor,
+)
+
+from hf_adafocal.runs.arguments import parse_arguments
+from hf_adafocal.runs.dense import dense_table, measure_images
+from hf_adafocal.runs.finetune import finetune
+from hf_adafocal.runs.tasks import SegmentationTask
+
+QUICK = ["--use_cpu", "true", "--disable_tqdm", "true", "--report_to", "none", "--num_train_epochs", "2"]
+
+
+@pytest.fixture(scope="module")
+def volume_run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("volumes")
+    line = [*QUICK, "--volume_size", "12", "--max_train_samples", "8", "--output_dir", str(folder)]
+    return folder, finetune(*parse_arguments(SegmentationTask, line))
+
+
+class TestVolumes:
+    def test_the_report_has_metrics_of_images_with_intervals(self, volume_run):
+        folder, report = volume_run
+        assert report.metrics["num_images"] == 32 and report.metrics["num_samples"] == 32 * 12**3
+        assert {"foreground_ece", "image_ece", "dice", "betti_2_error"} <= report.metrics.keys()
+        assert report.metrics["ece"] == pytest.approx(report.metrics["pixel_ece"], abs=1e-5)
+        low, high = report.test.intervals[report.shipped]["foreground_ece"]
+        assert low < report.metrics["foreground_ece"] < high
+        assert "of 32 images" in dense_table(report)
+
+    def test_card_and_overlay_are_written(self, volume_run):
+        folder, _ = volume_run
+        card = (folder / "README.md").read_text()
+        assert "of 32 images" in card and '<img src="overlay.png"' in card
+        assert np.asarray(PILImage.open(folder / "overlay.png")).std() > 10
+
+    def test_the_checkpoint_loads_and_gives_the_metrics_of_the_report(self, volume_run):
+        folder, report = volume_run
+        model = AutoModelForSemanticSegmentation.from_pretrained(folder)
+        task, _ = parse_arguments(SegmentationTask, [*QUICK, "--volume_size", "12", "--output_dir", str(folder)])
+        prepared = task.prepare(42)
+        counts, shown = measure_images(model, prepared.splits.test, prepared.data_collator)
+        assert counts.overlap[:, 1, 0].sum() > 0 and shown["image"].shape == (12, 12, 12)
+        assert counts.num_pixels == report.metrics["num_samples"]
+
+    def test_a_network_that_is_not_there_is_an_error(self, tmp_path):
+        task, _ = parse_arguments(SegmentationTask, ["--architecture", "vit", "--output_dir", str(tmp_path)])
+        with pytest.raises(ValueError, match="unet3d, for --dataset volumes; found 'vit'"):
+            task.prepare(0)
+
+
+class TestImages:
+    def test_a_segformer_is_fine_tuned_on_a_folder_of_images_and_masks(self, tmp_path):
+        random = np.random.default_rng(0)
+        images, masks = [], []
+        for _ in range(20):
+            mask = np.zeros((32, 32), dtype=np.uint8)
+            row, column = random.integers(4, 16, 2)
+            mask[row : row + 10, column : column + 10] = 1
+            mask[0] = 255
+            noise = random.integers(0, 60, (32, 32, 3))
+            images.append(PILImage.fromarray((noise + 150 * (mask == 1)[..., None]).astype(np.uint8)))
+            masks.append(PILImage.fromarray(mask))
+        rows = Dataset.from_dict({"image": images, "annotation": masks})
+        (tmp_path / "data").mkdir()
+        rows.cast_column("image", Image()).cast_column("annotation", Image()).to_parquet(
+            str(tmp_path / "data" / "train.parquet")
+        )
+        config = SegformerConfig(
+            num_labels=2, hidden_sizes=[8, 8, 8, 8], num_attention_heads=[1, 1, 1, 1], depths=[1, 1, 1, 1],
+            decoder_hidden_size=8,
+        )  # fmt: skip
+        SegformerForSemanticSegmentation(config).save_pretrained(tmp_path / "start")
+        SegformerImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "start")
+        line = [*QUICK, "--dataset", str(tmp_path / "data"), "--model_name_or_path", str(tmp_path / "start")]
+        line += ["--holdout_fraction", "0.2", "--output_dir", str(tmp_path / "run"), "--learning_rate", "0.01"]
+        report = finetune(*parse_arguments(SegmentationTask, line))
+        assert report.metrics["num_images"] == 8 and report.metrics["num_samples"] == 8 * 31 * 32
+        assert {"dice", "betti_1_error"} <= report.metrics.keys() and (tmp_path / "run" / "overlay.png").exists()
