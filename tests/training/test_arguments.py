@@ -14,7 +14,7 @@ SMOOTHED = {"adaptive_label_smoothing"}
 OF_BATCHES = set(LOSSES) - set(PER_SAMPLE_LOSSES)
 # Each argument that only some losses use, a value that is not the default, and those losses.
 SETTINGS = {
-    "focal_gamma": (2.0, {"focal"}),
+    "focal_gamma": (2.0, {"focal", "topological_focal"}),  # whose base is focal loss
     "inverse_focal_gamma": (1.5, {"inverse_focal"}),
     "dual_focal_gamma": (4.0, {"dual_focal"}),
     "smoothing": (0.1, {"label_smoothing"} | SMOOTHED),
@@ -29,7 +29,9 @@ SETTINGS = {
     "calibration_steps": (4, SMOOTHED),
     "calibration_samples": (32, SMOOTHED),
     "auxiliary_weight": (0.4, OF_BATCHES),
-    "auxiliary_base": ("focal", OF_BATCHES),
+    "auxiliary_base": ("flsd_53", OF_BATCHES),
+    "topology_start": (0.2, {"topological_focal"}),
+    "topology_construction": ("T", {"topological_focal"}),
 }
 PLAIN = {field.name for field in dataclasses.fields(TrainingArguments)}
 OWN = {field.name: field for field in dataclasses.fields(AdaFocalTrainingArguments) if field.name not in PLAIN}
@@ -96,7 +98,7 @@ class TestSettings:
     def test_a_base_uses_its_own_settings_and_no_others(self, loss, base, name):
         value, users = SETTINGS[name]
         settings = {"loss": loss, "auxiliary_base": base, "auxiliary_weight": 0.5, name: value}
-        if base in users:
+        if base in users or (loss in users and name.startswith("topology")):
             build(**settings).build_loss()
         else:
             with pytest.raises(ValueError, match=f"{name}={value!r} would be ignored"):

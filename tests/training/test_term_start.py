@@ -1,4 +1,4 @@
-"""The batch term of a loss starts in the course of a run, also of a resumed one, and dense runs say what they count."""
+"""The batch term of a loss starts in the course of a run, and dense runs say what they count."""
 
 import logging
 from types import SimpleNamespace
