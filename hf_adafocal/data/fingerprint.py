@@ -47,8 +47,9 @@ class Fingerprint(NamedTuple):
 
     def shared_with(self, *others: "Fingerprint") -> np.ndarray:
         """Return for each row whether one of `others` has a row with the same inputs, shape `(N,)`; blank rows: no."""
+        # The kind that NumPy chooses by itself raises OverflowError in 2.0 for small sets of uint64.
         theirs = np.concatenate([np.empty(0, np.uint64), *(other.digests for other in others)])
-        return np.isin(self.digests, theirs) & ~self.blank
+        return np.isin(self.digests, theirs, kind="sort") & ~self.blank
 
 
 def fingerprint(
