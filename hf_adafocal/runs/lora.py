@@ -21,7 +21,7 @@ class LoraTask(TextTask):
     """Text classification with a causal or masked language model, of which LoRA trains a small part and the head."""
 
     lora_rank: int = field(default=16, metadata={"help": "Rank of the matrices that LoRA adds."})
-    lora_alpha: float = field(default=32.0, metadata={"help": "Scale of LoRA's matrices, times 1 / rank."})
+    lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA's matrices, times 1 / rank."})
     lora_dropout: float = field(default=0.05, metadata={"help": "Dropout before LoRA's matrices."})
     lora_target_modules: str = field(
         default="all-linear", metadata={"help": "Layers that LoRA adapts: all-linear, or names with commas."}

@@ -74,7 +74,7 @@ def check_model(model: Any, label_names: list[str], processing_class: Any = None
 
 def _check_padding(model: Any, tokenizer: Any) -> None:
     """Check that there is a padding token if the model finds the last token of a text by it (its head is `score`)."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not hasattr(base_model(model), "score") or not hasattr(config, "get_text_config"):
         return
     if getattr(config.get_text_config(), "pad_token_id", None) is None:

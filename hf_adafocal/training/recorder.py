@@ -203,9 +203,21 @@ class EvaluationRecorder:
         if self._of_calibration:
             self._seen_classes.add(own, logits.shape[-1])
             self._grid.add(logits, own)
-        counted = rows if own is labels else rows.where((own != self.ignore_index)[..., None], IGNORED)
         if self._kept is not None:
             self._keep(logits, own)
+        return self._count(rows, labels, own)
+
+    def observe_rows(self, rows: Tensor, labels: Tensor) -> Tensor:
+        """Record a batch by its rows alone, as of a fused head; as `observe`, but without a temperature.
+
+        Args:
+            rows: As `sample_rows` returns them, shape `(N, ..., 5)`.
+            labels: As in `observe`, shape `(N, ...)`.
+        """
+        return self._count(rows, labels, self._without_padding(labels))
+
+    def _count(self, rows: Tensor, labels: Tensor, own: Tensor) -> Tensor:
+        counted = rows if own is labels else rows.where((own != self.ignore_index)[..., None], IGNORED)
         if self._collector is None:
             self._collector = self._new_collector(labels)
         if isinstance(self._collector, HistogramCollector) and not self._collector.counts_all:
@@ -240,8 +252,9 @@ class EvaluationRecorder:
             kept = torch.cat(self._kept)
             self.logits = kept[:, :-1].numpy(), kept[:, -1].long().numpy()
         metrics = collected.metrics(self.num_bins)
-        if self._of_calibration and (sums := self._grid.total()) is not None:
+        if self._of_calibration:
             self.calibration = collected
+        if self._of_calibration and (sums := self._grid.total()) is not None:
             self._seen_classes.warn_of_missing(self.processes, config)
             temperature, refinement = best_temperature(self.processes.sum(sums), len(collected))
             metrics |= {"temperature": temperature, "refinement": refinement}
