@@ -24,6 +24,12 @@ class BatchSamples(NamedTuple):
         """Probabilities, shape `(N, C)`."""
         return self.log_p.exp()
 
+    @property
+    def possible(self) -> Tensor:
+        """Number of classes that some counted sample can have, a scalar of the dtype of `log_p`, at least 1."""
+        seen = (self.log_p.detach() > functional.LEAST_LOG_P) & (self.counted > 0)[:, None]
+        return seen.any(dim=0).sum().clamp_min(1).to(self.log_p.dtype)
+
     def top(self) -> tuple[Tensor, Tensor]:
         """Return the confidence, and 1 where it is right else 0; both of shape `(N,)`."""
         confidence, predicted = self.p.max(dim=1)

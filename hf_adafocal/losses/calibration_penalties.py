@@ -118,6 +118,8 @@ def dca(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
 def mdca(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     """MDCA, DCA of every class: `(1/K) sum_k |mean_n p_nk - mean_n 1[y_n = k]|`.
 
+    K counts the classes that some sample of the batch can have.
+
     With many classes and small batches most of it is the noise of the class counts. Args, returns and errors are
     those of `mmce`.
 
@@ -126,7 +128,7 @@ def mdca(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
     batch = batch_samples(logits, labels, ignore_index)
     share = batch.p.new_zeros(batch.p.shape[1]).index_add(0, batch.labels, batch.counted) / batch.divisor
     probability = (batch.p * batch.counted[:, None]).sum(dim=0) / batch.divisor
-    return (probability - share).abs().mean()
+    return (probability - share).abs().sum() / batch.possible
 
 
 # Binned calibration errors with soft bins
@@ -180,7 +182,7 @@ def soft_label_binned_ece(
     check_bins(num_bins, temperature=temperature)
     batch = batch_samples(logits, labels, ignore_index)
     confidence, correct = batch.top()
-    lowest = 1 / batch.log_p.shape[1]
+    lowest = 1 / batch.possible
     centers = (torch.arange(num_bins, dtype=confidence.dtype, device=confidence.device) + 0.5) / num_bins
     anchors = lowest + (1 - lowest) * centers
     member = (1 - 1e-5) * _membership(confidence, anchors, temperature) + 1e-5 / num_bins

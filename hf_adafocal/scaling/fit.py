@@ -136,6 +136,23 @@ class Scaling:
         statistic = 2 * self.num_samples * (self.nll_before - self.nll_after)
         return bool(statistic > chi2.ppf(confidence, fitted))
 
+    def pooler(self) -> dict[str, float]:
+        """What a server that computes `(logits - logit_mean) / logit_sigma` before its activation must be told.
+
+        Those are the names of vLLM's `PoolerConfig`; they are for a checkpoint in which the scaling is not folded.
+
+        Raises:
+            ValueError: If the numbers differ by class, or the factor is not above 0.
+
+        >>> Scaling(scale=0.5, bias=1.0).pooler()
+        {'logit_mean': -2.0, 'logit_sigma': 2.0}
+        """
+        if isinstance(self.scale, tuple) or isinstance(self.bias, tuple) or self.scale < 0:
+            raise ValueError(
+                f"A server's pooler takes one mean and one sigma above 0, found {self.to_dict()}: fold it."
+            )
+        return {"logit_mean": 0.0 - self.bias / self.scale, "logit_sigma": 1 / self.scale}
+
     def to_dict(self) -> dict[str, Any]:
         """All of it as JSON takes it, with `method` and, where there is one, `temperature`."""
         known = self.method == "temperature" and not isinstance(self.scale, tuple)
@@ -162,7 +179,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) ->
     the NLL is not returned: then it is 1.
 
     Args:
-        logits: Held-out logits, not probabilities, shape `(N, C)`, N >= 1.
+        logits: Held-out logits, not probabilities, shape `(N, C)`, N >= 1; -inf for a class that a sample cannot have.
         labels: Class indices in `[0, C)`, shape `(N,)`.
 
     Returns:
@@ -245,6 +262,8 @@ def fit_vector_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray)
     Source: Guo et al. 2017, arXiv 1706.04599, section 4.2, but for the penalty.
     """
     logits, labels = _checked(logits, labels)
+    if not torch.isfinite(logits).all():
+        raise ValueError("Vector scaling needs every class of every sample, found logits of -inf: fit a temperature.")
     start = fit_temperature_scaling(logits, labels)
     if _all_right(logits, labels):
         return start
@@ -304,8 +323,12 @@ def _checked(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
             f"labels must be integers in [0, {logits.shape[1]}), found {labels.min()} to {labels.max()} as "
             f"{labels.dtype}. Drop ignored samples first."
         )
-    if not torch.isfinite(logits).all():
-        raise ValueError("Held-out logits must be finite, found NaN or infinite values.")
+    of_label = logits.gather(1, labels.long()[:, None])
+    if not torch.isfinite(logits.where(logits != -torch.inf, 0)).all() or not torch.isfinite(of_label).all():
+        raise ValueError(
+            "Held-out logits must be finite, but for -inf of classes that a sample cannot have, found NaN, infinite "
+            "ones or -inf at a label."
+        )
     if bool((logits >= 0).all()) and bool(((logits.sum(-1) - 1).abs() < 1e-2).all()):
         raise ValueError(
             "Expected logits, found rows of probabilities (not negative, each with the sum 1). Give the scores before "
