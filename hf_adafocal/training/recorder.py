@@ -214,7 +214,7 @@ class EvaluationRecorder:
             rows: As `sample_rows` returns them, shape `(N, ..., 5)`.
             labels: As in `observe`, shape `(N, ...)`.
         """
-        return self._count(rows, labels, self._without_padding(labels))
+        return self._count(rows, labels, self.processes.without_padding(labels, self.ignore_index))
 
     def _count(self, rows: Tensor, labels: Tensor, own: Tensor) -> Tensor:
         counted = rows if own is labels else rows.where((own != self.ignore_index)[..., None], IGNORED)

@@ -81,7 +81,7 @@ class AdaFocalSFTTrainer(RecordingTrainer, SFTTrainer):
         self.loss = loss.to(self.args.device)
         self.num_bins = int(getattr(loss, "num_bins", 15))
         self.begin_recording(self.num_bins, None, DEFAULT_IGNORE_INDEX)
-        self.text_recorder = EvaluationRecorder(self.accelerator, self.num_bins)  # of prompts too
+        self.text_recorder = EvaluationRecorder(self.processes, self.num_bins)  # of prompts too
         self._head_checked = False
         self.adaptive_callback: AdaFocalCallback | None = None
         if loss.adaptive is not None:
