@@ -328,6 +328,33 @@ def traced_bytes(function: Callable) -> tuple[int, int]:
     return left, peak
 
 
+def share_of_temperature(network: nn.Module, pixels: torch.Tensor, batch: int, rounds: int) -> float:
+    """Time of the sums behind `eval_temperature` and `eval_refinement`, by that of the forward passes of a set."""
+    from hf_adafocal.scaling.grid import SumsOnGrid
+
+    on_cpu = pixels.device.type == "cpu"
+    clock = time.process_time if on_cpu else time.perf_counter  # of processor time other programs take none
+
+    def now() -> float:
+        if not on_cpu:
+            torch.cuda.synchronize()
+        return clock()
+
+    shares = []
+    for _ in range(rounds):
+        sums, spent = SumsOnGrid(), np.zeros(2)
+        for part in pixels.split(batch):
+            start = now()
+            logits = network(part).logits
+            between = now()
+            sums.add(logits, torch.arange(len(part), device=part.device))
+            spent += between - start, now() - between
+        start = now()
+        sums.total()
+        shares.append((spent[1] + now() - start) / spent[0])
+    return statistics.median(shares)
+
+
 def benchmark_trainer(device: str, rounds: int) -> None:
     """Print steps per second against the stock Trainer's, then what calibration adds to an evaluation."""
     from transformers import ViTConfig, ViTForImageClassification
@@ -348,6 +375,14 @@ def benchmark_trainer(device: str, rounds: int) -> None:
         print("| training, small ViT | step | speed / stock |\n| --- | --- | --- |")
         for name, (step_time, ratio) in interleaved(network, step_seconds, rounds).items():
             print(f"| {name} | {1e3 * step_time:.1f} ms | {1 / ratio:.3f} |", flush=True)
+
+        print("\n| temperature and refinement, batches of | by the forward passes |\n| --- | --- |")
+        place = torch.device("cpu" if device == "cpu" else "cuda")
+        pixels = data["eval_dataset"].datasets["pixel_values"].to(place)
+        with torch.no_grad():
+            for batch in (8, 32, 256):
+                share = share_of_temperature(network["adafocal"].model.to(place).eval(), pixels, batch, rounds)
+                print(f"| {batch} | {100 * share:.1f} % |", flush=True)
 
         samples = {"eval_dataset": StackDataset(index=torch.arange(SAMPLES), labels=labels)}
         known = trainers(["adafocal"], KnownLogits, samples, **settings)

@@ -220,8 +220,15 @@ def load_classifier(folder: str | Path) -> PreTrainedModel:
         folder: A local folder or a Hub id.
 
     Raises:
-        ValueError: If it is no classifier, or lacks weights (of its head, say), which would be random.
+        ValueError: If it is no classifier, an adapter without its base, or lacks weights (of its head, say), which
+            would be random.
     """
+    if (Path(folder) / "adapter_config.json").is_file() and not (Path(folder) / "config.json").is_file():
+        raise ValueError(
+            f"{folder} holds the adapter of a PEFT model, not a checkpoint. Merge it into its base first, in Python: "
+            "AutoPeftModelForSequenceClassification.from_pretrained(folder, num_labels=...).merge_and_unload()"
+            ".save_pretrained(other_folder), and save the tokenizer there too."
+        )
     architecture = (AutoConfig.from_pretrained(folder).architectures or ["none"])[0]
     task = architecture[architecture.rfind("For") :]  # ForSequenceClassification, ForImageClassification, ...
     auto = getattr(transformers, f"AutoModel{task}", None)

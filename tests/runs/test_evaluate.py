@@ -194,3 +194,9 @@ class TestUnfitCheckpoints:
         tiny.bert().bert.save_pretrained(tmp_path)
         with pytest.raises(ValueError, match="Expected the checkpoint of a classifier.*BertModel"):
             evaluate_checkpoint(task(tmp_path))
+
+    @pytest.mark.parametrize("measure", [evaluate_checkpoint, lambda task: scale_checkpoint(task, "nowhere")])
+    def test_an_adapter_without_its_base_is_refused_with_the_way_to_merge_it(self, tmp_path, measure):
+        (tmp_path / "adapter_config.json").write_text("{}")
+        with pytest.raises(ValueError, match="holds the adapter of a PEFT model.*Merge it into its base first"):
+            measure(task(tmp_path))

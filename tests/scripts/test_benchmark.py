@@ -34,8 +34,11 @@ class TestTrainer:
     def test_the_tables_name_every_trainer_and_calibration_holds_under_48_bytes_a_sample(self, benchmark, capsys):
         benchmark.benchmark_trainer("cpu", rounds=1)
         out = capsys.readouterr().out
-        rows = [line.split("|")[1].strip() for line in out.splitlines() if line.startswith("| ")]
+        lines = [line.split("|") for line in out.splitlines() if line.startswith("| ")]
+        rows = [line[1].strip() for line in lines]
         assert rows[1:5] == ["---", "Trainer", "cross_entropy", "adafocal"]
+        shares = {line[1].strip(): float(line[2].split()[0]) for line in lines if "%" in line[2]}
+        assert shares.keys() == {"8", "32", "256"} and min(shares.values()) > 0
         assert rows[-2:] == ["small ViT, 10 classes", "logits known, 10 classes"]
         held = float(re.search(r"Calibration holds ([\d.]+) MB", out).group(1))
         assert 0.6 < held < 0.96  # 40 bytes for each of 20,000 samples, and the objects around them
