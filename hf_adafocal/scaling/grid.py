@@ -105,13 +105,13 @@ class SumsOnGrid:
             raise ValueError(
                 f"Expected logits (..., C) and labels (...), found {tuple(logits.shape)} and {tuple(labels.shape)}."
             )
-        waiting = sum(rows.numel() for rows, _ in self._waiting)
-        if waiting + logits.numel() < _JOINED_VALUES:
-            # A copy: a compiled model may write its next output into the same memory.
-            self._waiting.append((logits.detach().flatten(0, -2).clone(), labels.flatten().clone()))
+        if logits.numel() > _JOINED_VALUES // 4:
+            self._sum(logits, labels)
             return
-        self._sum_waiting()
-        self._sum(logits, labels)
+        # A copy: a compiled model may write its next output into the same memory.
+        self._waiting.append((logits.detach().flatten(0, -2).clone(), labels.flatten().clone()))
+        if sum(rows.numel() for rows, _ in self._waiting) > _JOINED_VALUES * 3 // 4:
+            self._sum_waiting()
 
     def total(self) -> Tensor | None:
         """The sums so far, shape `(2, 33)`; None if no batch was added."""
