@@ -94,11 +94,11 @@ def results_table(report: Report, baseline: Report | None = None) -> str:
     """
     keys = ("accuracy", "nll", "ece", "ada_ece")
     rows = [["scores", *(METRICS[key].heading for key in keys)]]
-    for found in (baseline, report):
-        for name, metrics in {} if found is None else found.test.rows().items():
+    for found in (report,) if baseline is None else (baseline, report):
+        for name, metrics in found.test.rows().items():
             title = f"{loss_name(found)}, {scores_titles(found)[name]}"
             title += " (this checkpoint)" if found is report and name == report.shipped else ""
-            ends = found.test.intervals.get(name, {}) if found is not None else {}
+            ends = found.test.intervals.get(name, {})
             cells = [
                 METRICS[key].text(metrics.get(key), ends.get(key) if key in ("accuracy", "ece") else None)
                 for key in keys

@@ -1,6 +1,7 @@
 """Fine-tune a model on a task, and write checkpoint, report, pictures and card into one folder."""
 
 import argparse
+import inspect
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,7 +53,7 @@ def train(task_class: type[Task], arguments: Sequence[str] | None = None, prog: 
     options, line = own.parse_known_args(sys.argv[1:] if arguments is None else list(arguments))
     chosen = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     chosen.add_argument("--loss", default="adafocal")
-    chosen.add_argument("--dataset", default=task_class.dataset)
+    chosen.add_argument("--dataset", default=inspect.signature(task_class).parameters["dataset"].default)
     run, _ = chosen.parse_known_args(line)
     baseline = options.baseline or ("cross_entropy" if run.dataset in BUILT_IN else "none")
     compared = baseline not in ("none", run.loss)

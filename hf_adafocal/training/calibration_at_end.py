@@ -71,7 +71,8 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
     else:
         folded = True
         fold_scaling(trainer.network, scaling)
-        trainer.objective = None  # so that a hyper-parameter search evaluates the model that comes out
+        # So that a hyper-parameter search evaluates the model that comes out.
+        trainer.objective = None  # type: ignore[has-type]
         reason = (
             f"A temperature of {temperature:.3g}, fitted on {samples} (likelihood-ratio test at {CONFIDENCE:.0%}), "
             "was folded into the model's last layer."

@@ -132,7 +132,7 @@ class AdaptiveStateCallback(SaveAfterEvaluation):
         best, saved = _best_on_main_process(state)
         if best is not None and saved is None:
             logger.warning(f"{best} has no table of the loss, so it stays that of step {state.global_step}.")
-        if saved is None:
+        if best is None or saved is None:
             return
         self.check_saved(saved, str(Path(best) / STATE_FILE))
         self._restore(saved)
@@ -388,8 +388,8 @@ def _best_on_main_process(state: Any) -> tuple[str | None, Any]:
 
     Other machines do not even know the checkpoint, because the Trainer notes only one that it sees.
     """
-    found, best = [None, None], state.best_model_checkpoint
-    if state.is_world_process_zero and best is not None:
+    found: list[Any] = [None, None]
+    if state.is_world_process_zero and (best := state.best_model_checkpoint) is not None:
         try:
             found = [best, saved_adaptive_state(best)]
         except ValueError as error:
