@@ -97,10 +97,12 @@ def run(seed: int, base: str, folder: Path, steps: int, weights=WEIGHTS) -> None
 
 
 def tables(folder: Path) -> str:
-    """Means over the seeds that all arms have, and paired differences with 95 % intervals of Student's t."""
+    """Means over seeds that all arms have; differences over those of a pair, with 95 % intervals of Student's t."""
     runs = {(row["arm"], row["seed"]): row for row in map(json.loads, map(Path.read_text, folder.glob("*.json")))}
     arms = [*BASES, *(f"{base}+{weight}" for base in ("focal", "adafocal") for weight in WEIGHTS)]
     seeds = sorted({seed for _, seed in runs if all((arm, seed) in runs for arm in arms)})
+    if len(seeds) < 2:
+        raise SystemExit(f"The tables need two seeds with all of {', '.join(arms)}; found {seeds}.")
     values = {
         (arm, when, name): np.array([runs[arm, seed][when][name] for seed in seeds])
         for arm in arms
@@ -121,16 +123,18 @@ def tables(folder: Path) -> str:
                 f"{values[arm, when, name].mean():.4f}" if (arm, when, name) in values else "" for name in METRICS
             ]
             lines.append(f"| {arm} | {temperature} | " + " | ".join(cells) + " |")
-    lines += ["", "| difference | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 1) + "|"]
+    lines += ["", "| difference | seeds | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 2) + "|"]
     pairs = [(f"{base}+{weight}", base) for base in ("focal", "adafocal") for weight in WEIGHTS]
     pairs += [("focal", "cross_entropy"), ("adafocal", "cross_entropy"), ("adafocal", "focal")]
-    reach = float(stats.t.ppf(0.975, len(seeds) - 1)) / np.sqrt(len(seeds))
     for one, other in pairs:
-        cells = []
+        cells, both = [], sorted({seed for _, seed in runs if {(one, seed), (other, seed)} <= runs.keys()})
+        reach = float(stats.t.ppf(0.975, len(both) - 1)) / np.sqrt(len(both))
         for name in METRICS:
-            difference = values[one, "before", name] - values[other, "before", name]
+            difference = np.array(
+                [runs[one, seed]["before"][name] - runs[other, seed]["before"][name] for seed in both]
+            )
             cells.append(f"{difference.mean():+.4f} ± {reach * difference.std(ddof=1):.4f}")
-        lines.append(f"| {one} - {other} | " + " | ".join(cells) + " |")
+        lines.append(f"| {one} - {other} | {len(both)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
