@@ -45,6 +45,8 @@ def make_examples(
         given.save(Path(folder) / EXAMPLE)
         classify: Any = pipeline("image-classification", model=model, image_processor=prepared.processing_class)
         name = EXAMPLE
+    elif prepared.processing_class is None:  # tokens that came ready-made
+        return ()
     else:
         given = name = given or NEUTRAL
         classify = pipeline("text-classification", model=model, tokenizer=prepared.processing_class)
