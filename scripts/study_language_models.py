@@ -130,14 +130,16 @@ def table(folder: Path, losses: list[str], seeds: list[int]) -> str:
     runs = {loss: [json.loads(paths[index].read_text()) for index in there] for loss, paths in files.items()}
     lines = [
         f"Seeds {', '.join(str(seeds[index]) for index in there)}; test tokens, and Reuters for the last columns.\n",
-        "| loss | scores | T | NLL | accuracy % | ECE % | AdaECE % | ECE % Reuters | AUROC % confidence |",
-        "| --- " * 9 + "|",
+        "| loss | scores | T | NLL | accuracy % | ECE % | AdaECE % | ECE % Reuters | AUROC % confidence | "
+        "AUROC % likelihood |",
+        "| --- " * 10 + "|",
     ]
     for loss, found in runs.items():
         for name in ("raw", "scaled"):
             of = [one[name] for one in found]
             nll, *shares = ([one["test"][metric] for one in of] for metric in TOKEN_METRICS)
-            shares += [[one["ood"]["ece"] for one in of], [one["auroc"]["confidence"] for one in of]]
+            shares += [[one["ood"]["ece"] for one in of]]
+            shares += [[one["auroc"][kind] for one in of] for kind in ("confidence", "likelihood")]
             cells = [f"{np.mean(nll):.3f}", *(f"{100 * np.mean(values):.2f}" for values in shares)]
             title = "as trained" if name == "raw" else "with T"
             lines.append(
