@@ -113,17 +113,14 @@ class AdaFocalTrainingArguments(TrainingArguments):
         f"Weight of the batch term in loss={'/'.join(BATCH_LOSSES)} (default: that of its authors)."
     )
     auxiliary_base: str | None = _argument(
-        "The per-sample loss that the batch term is added to (default cross_entropy; focal for topological_focal); it "
-        "has its own arguments.",
+        "The per-sample loss beside the batch term (default cross_entropy; focal for topological_focal).",
         choices=list(PER_SAMPLE_LOSSES),
     )
     topology_start: float | None = _argument(
-        "Share of the run after which loss='topological_focal' adds its term (default 0.5); it needs a model that "
-        "already sees something."
+        "Share of the run after which topological_focal adds its term (default 0.5)."
     )
     topology_construction: str | None = _argument(
-        "How pixels are connected in loss='topological_focal': V, foreground through faces (default), or T, through "
-        "corners too.",
+        "V: pixels join through faces (default), T: through corners too.",
         choices=list(CONSTRUCTIONS),
     )
     steering_gain: float | None = _argument(
