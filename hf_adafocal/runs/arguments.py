@@ -59,7 +59,7 @@ def parse_arguments(
     >>> from hf_adafocal.runs.tasks import ImageTask
     >>> task, args = parse_arguments(ImageTask, ["--loss", "focal", "--use_cpu", "true"])
     >>> task.dataset, args.loss, args.num_train_epochs
-    ('digits', 'focal', 50)
+    ('digits', 'focal', 100)
     """
     arguments = list(arguments) if arguments is not None else None
     first = HfArgumentParser(cast(Any, task_class), add_help=False, allow_abbrev=False)
