@@ -116,7 +116,7 @@ class TestReuse:
         [
             (["--num_train_epochs", "50"], "num_train_epochs 1.0 -> 50.0"),
             (["--max_train_samples", "65"], "max_train_samples 64 -> 65"),
-            (["--random_shift", "0"], "random_shift 0.125 -> 0.0"),
+            (["--random_shift", "0.125"], "random_shift 0.0 -> 0.125"),
             (["--learning_rate", "0.5"], "learning_rate 0.001 -> 0.5"),
         ],
     )

@@ -662,11 +662,12 @@ class TestExample:
         ],
     )
     def test_an_image_has_the_size_that_the_config_tells(self, settings, shape):
-        class Model:
+        class Model(torch.nn.Module):
             main_input_name, device, dtype = "pixel_values", "cpu", torch.float32
 
-        Model.config = transformers.PretrainedConfig(**settings)
-        assert example(Model)["pixel_values"].shape == shape
+        model = Model()
+        model.config = transformers.PretrainedConfig(**settings)
+        assert example(model)["pixel_values"].shape == shape
 
     def test_a_model_with_a_nested_vision_config_is_folded(self):
         vision = {**SMALL, "image_size": 48, "patch_size": 16}
