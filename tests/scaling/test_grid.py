@@ -106,9 +106,9 @@ class TestBestTemperature:
         found, nll = best_temperature(nll_on_grid(logits, labels), len(labels))
         assert 0.9 * temperature < expected < 1.1 * temperature  # the case is the one meant
         assert found == pytest.approx(expected, rel=0.01)
-        assert nll == pytest.approx(F.cross_entropy(logits.double() / expected, labels).item(), abs=1e-4)
+        assert nll == pytest.approx(F.cross_entropy(logits.double() / expected, labels).item(), abs=5e-4)
 
-    @given(st.integers(0, 10_000), st.integers(2, 20), st.floats(0.3, 6.0), st.floats(0.2, 15.0))
+    @given(st.integers(0, 10_000), st.integers(2, 22), st.floats(0.3, 6.0), st.floats(0.2, 15.0))
     def test_so_it_is_for_any_logits_that_err_sometimes(self, seed, classes, spread, temperature):
         logits, labels = drawn(200, classes, spread, seed)
         logits = logits * temperature
@@ -125,14 +125,14 @@ class TestBestTemperature:
     def test_where_logits_tell_nothing_it_is_the_hottest_node(self):
         logits = torch.tensor([[3.0, 0.0], [0.0, 3.0]])
         found, nll = best_temperature(nll_on_grid(logits, torch.tensor([1, 0])), 2)
-        assert found == pytest.approx(2 ** (16 / 3)) and nll == pytest.approx(np.log(2), abs=0.1)
+        assert found == pytest.approx(2 ** (11 / 2)) and nll == pytest.approx(np.log(2), abs=0.1)
 
     @pytest.mark.parametrize(
         ("sums", "size", "message"),
         [
-            (torch.zeros(2, 5), 3, r"shape \(2, 33\), found \(2, 5\)"),
-            (torch.zeros(2, 33), 0, "at least one counted sample, found 0"),
-            (torch.full((2, 33), torch.nan), 3, "must be finite"),
+            (torch.zeros(2, 5), 3, r"shape \(2, 22\), found \(2, 5\)"),
+            (torch.zeros(2, 22), 0, "at least one counted sample, found 0"),
+            (torch.full((2, 22), torch.nan), 3, "must be finite"),
         ],
     )
     def test_what_cannot_be_sums_is_an_error(self, sums, size, message):
