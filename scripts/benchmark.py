@@ -19,6 +19,7 @@ import tempfile
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 
 import numpy as np
 import sklearn.metrics
@@ -80,16 +81,15 @@ def seconds(loss: Callable, logits: torch.Tensor, labels: torch.Tensor, repeats:
     return (time.perf_counter() - start) / repeats
 
 
-def peak_bytes(loss: Callable, logits: torch.Tensor, labels: torch.Tensor) -> int:
-    """Most bytes held at once during one pass, beyond logits and labels; the gradient of the logits counts."""
-    logits.grad = None
-    if logits.is_cuda:
+def peak_bytes(function: Callable, on_gpu: bool) -> int:
+    """Most bytes held at once during a call, beyond those held before; gradients that are there do not count."""
+    if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        step(loss, logits, labels)
+        function()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(loss, logits, labels)
+        function()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
     held = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
@@ -112,7 +112,10 @@ def benchmark_losses(device: str, rounds: int) -> None:
         for _ in range(rounds):
             for name in random.sample(list(losses), len(losses)):
                 times[name].append(seconds(losses[name], logits, labels, repeats))
-        memory = {name: peak_bytes(loss, logits, labels) for name, loss in losses.items()}
+        memory = {}
+        for name, loss in losses.items():
+            logits.grad = None
+            memory[name] = peak_bytes(partial(step, loss, logits, labels), logits.is_cuda)
         for name, values in times.items():
             ratio = statistics.median(a / b for a, b in zip(values, times[BASELINE], strict=True))
             cells = (

@@ -10,8 +10,10 @@ import argparse
 import random
 import statistics
 import time
+from functools import partial
 
 import torch
+from benchmark import peak_bytes
 from trl.kernels import ChunkedLogProbFunction
 
 from hf_adafocal.losses import AdaFocalLoss
@@ -57,7 +59,7 @@ def main() -> None:
         memory = {}
         for name, loss in losses.items():
             hidden.grad = weight.grad = None  # or the pass that is measured would begin with less than nothing
-            memory[name] = peak_bytes(step, loss)
+            memory[name] = peak_bytes(partial(step, loss), options.device != "cpu")
         for name, values in times.items():
             ratio = statistics.median(a / b for a, b in zip(values, times["cross_entropy"], strict=True))
             share = memory[name] / memory["cross_entropy"]
@@ -66,23 +68,6 @@ def main() -> None:
                 f"{memory[name] / 2**20:.0f} MiB | {share:.3f} |",
                 flush=True,
             )
-
-
-def peak_bytes(step, loss) -> int:
-    """Most bytes that one pass holds at once beyond its inputs; the gradients count."""
-    if torch.cuda.is_available() and torch.cuda.memory_allocated():
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        step(loss)
-        return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step(loss)
-    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
-    held = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):
-        held += event.nbytes()
-        peak = max(peak, held)
-    return peak
 
 
 if __name__ == "__main__":
