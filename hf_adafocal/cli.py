@@ -58,16 +58,17 @@ class _Version(argparse.Action):
 
 
 def _data_arguments() -> str:
-    from hf_adafocal.runs.arguments import data_help
+    from hf_adafocal.runs.arguments import TRAINING_ONLY, data_help
     from hf_adafocal.runs.tasks import TASKS
 
-    return data_help(TASKS)
+    return data_help(TASKS, hidden=TRAINING_ONLY)
 
 
 def _training_arguments() -> str:
-    from hf_adafocal.runs.arguments import loss_help
+    from hf_adafocal.runs.arguments import data_help, loss_help
+    from hf_adafocal.runs.tasks import TASKS
 
-    return f"{_data_arguments()}\n{loss_help()}"
+    return f"{data_help(TASKS)}\n{loss_help()}"
 
 
 def _parser() -> argparse.ArgumentParser:

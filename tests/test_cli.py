@@ -95,9 +95,10 @@ class TestCommands:
         with pytest.raises(SystemExit):
             cli.main([verb, "--help"])
         out = capsys.readouterr().out
-        assert all(f"  --{name} " in out for name in ("dataset", "max_length", "input_column", "architecture"))
-        assert ("--gamma_lambda" in out) is (verb in ("train", "compare"))
-        assert ("TrainingArguments" in out) is (verb in ("train", "compare"))
+        assert all(f"  --{name} " in out for name in ("dataset", "max_length", "input_column"))
+        trains = verb in ("train", "compare")
+        assert all((f"--{name} " in out) is trains for name in ("architecture", "vocab_size", "horizontal_flip"))
+        assert ("--gamma_lambda" in out) is trains and ("TrainingArguments" in out) is trains
 
     def test_the_version_is_that_of_the_package(self, capsys):
         with pytest.raises(SystemExit) as exit_:

@@ -2,7 +2,7 @@
 
 import argparse
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, TypeVar, cast
 
 import torch
@@ -23,6 +23,9 @@ EPILOG = (
     "All arguments of transformers.TrainingArguments are accepted too (--num_train_epochs, --learning_rate, "
     "--output_dir, ...): https://huggingface.co/docs/transformers/main_classes/trainer#transformers.TrainingArguments"
 )
+# Arguments of tasks that change nothing where a checkpoint is evaluated, whose processor is its own.
+TRAINING_ONLY = {"model_name_or_path", "max_train_samples", "vocab_size"}
+TRAINING_ONLY |= {"architecture", "model_args", "image_size", "random_shift", "horizontal_flip"}
 
 
 class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -112,8 +115,13 @@ def task_parser(task_class: type[Task], prog: str | None = None, **defaults: Any
     return parser
 
 
-def data_help(tasks: Mapping[str, type[Task]]) -> str:
-    """Return the help text of the tasks' own arguments: those that all share, then those of each kind."""
+def data_help(tasks: Mapping[str, type[Task]], *, hidden: Collection[str] = ()) -> str:
+    """Return the help text of the tasks' own arguments: those that all share, then those of each kind.
+
+    Args:
+        tasks: Kinds of tasks, by name.
+        hidden: Arguments to leave out.
+    """
     shared = own_names(Task) - {"dataset"}  # of which each kind has its own default
     parts = []
     for title, task_class, names in [
@@ -123,7 +131,7 @@ def data_help(tasks: Mapping[str, type[Task]]) -> str:
         parser = task_parser(task_class)
         formatter = HelpFormatter("", max_help_position=28)
         formatter.start_section(title)
-        formatter.add_arguments([action for action in parser._actions if action.dest in names])
+        formatter.add_arguments([action for action in parser._actions if action.dest in names.difference(hidden)])
         formatter.end_section()
         parts.append(formatter.format_help())
     return "\n".join(parts)
