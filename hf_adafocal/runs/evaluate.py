@@ -39,12 +39,14 @@ class Predictions(NamedTuple):
     Attributes:
         calibration: Logits `(N, C)`, classes in the order of the data's labels, and labels `(N,)`.
         test: The same of the test split.
+        ood: Logits of the out-of-distribution inputs, None if the task has none.
         prepared: The task with its data.
         model: The checkpoint.
     """
 
     calibration: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
+    ood: np.ndarray | None
     prepared: Prepared
     model: PreTrainedModel
 
@@ -131,6 +133,7 @@ def evaluate_checkpoint(
         splits=sizes,
         overlap={"policy": split_overlap, "rows": check.overlap},
         seed=seed,
+        ood=None if found.ood is None else (task.ood, found.ood),
         **known,
     )
     return report if before is None else replace(report, trained_on=before.trained_on)
@@ -199,6 +202,9 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
         )
         trainer = AdaFocalTrainer(model, arguments, data_collator=prepared.data_collator)
         measured = {role: trainer.measure(getattr(prepared.splits, role), role)[1] for role in ("calibration", "test")}
+        ood = prepared.splits.ood
+        if ood is not None:
+            ood = trainer.predict(ood, metric_key_prefix="ood").predictions[:, order]
     logits = {}
     for role, found in measured.items():
         if found is None:
@@ -207,7 +213,7 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
                 f"with {model.config.num_labels} classes. Evaluate a part of it."
             )
         logits[role] = (found[0][:, order], found[1])
-    return Predictions(logits["calibration"], logits["test"], prepared, model)
+    return Predictions(logits["calibration"], logits["test"], ood, prepared, model)
 
 
 def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray) -> None:

@@ -31,7 +31,7 @@ def run(tmp_path_factory):
     """A short run on digits: its folder and report."""
     folder = tmp_path_factory.mktemp("run")
     return folder, finetune(
-        *parse_arguments(ImageTask, [*QUICK, "--output_dir", str(folder), "--seed", "3"])
+        *parse_arguments(ImageTask, [*QUICK, "--output_dir", str(folder), "--seed", "3", "--ood", "noise"])
     ).to_dict()
 
 
@@ -65,9 +65,10 @@ def relabelled(folder: Path, target: Path, order) -> Path:
 class TestEvaluateCheckpoint:
     def test_it_repeats_the_report_of_the_run(self, run):
         folder, report = run
-        found = evaluate_checkpoint(task(folder), seed=3).to_dict()
+        found = evaluate_checkpoint(ImageTask(model_name_or_path=str(folder), ood="noise"), seed=3).to_dict()
         for name in ("raw", "temperature_scaled"):
             assert found["test"][name] == pytest.approx(report["test"][name], rel=1e-4)
+            assert found["ood"][name] == pytest.approx(report["ood"][name], rel=1e-3)
         for key in ("loss", "adaptation", "splits", "training", "weights", "trained_on", "folded"):
             assert found[key] == report[key]
 
