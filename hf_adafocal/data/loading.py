@@ -148,8 +148,8 @@ def _read(dataset: str) -> DatasetDict:
         return load_dataset(source)
     except OSError as error:  # no network, no such data set
         raise OSError(
-            f"The data set {source!r} cannot be loaded: {error} Without a network name a local folder of its files: "
-            "--dataset FOLDER."
+            f"The data set {source!r} cannot be loaded: {str(error).rstrip('.')}. Without a network name a local "
+            "folder of its files: --dataset FOLDER."
         ) from error
     except (DatasetsError, ValueError) as error:
         raise ValueError(f"The data set {source!r} cannot be read: {error.__cause__ or error}") from error

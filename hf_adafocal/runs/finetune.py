@@ -41,7 +41,18 @@ def train(task_class: type[Task], arguments: Sequence[str] | None = None, prog: 
 
     Raises:
         ValueError: If an argument is unknown or out of range: before anything is trained.
+        OSError: If the data or the checkpoint cannot be had.
+        SystemExit: In place of these two where the command line is that of the process, with their message.
     """
+    try:
+        _train(task_class, arguments, prog)
+    except (ValueError, OSError) as error:
+        if arguments is not None:
+            raise
+        raise SystemExit(f"{Path(sys.argv[0]).name}: {error}") from error
+
+
+def _train(task_class: type[Task], arguments: Sequence[str] | None, prog: str | None) -> None:
     own = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     own.add_argument(
         "--baseline",

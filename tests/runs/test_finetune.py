@@ -335,3 +335,13 @@ class TestBaseline:
         train(TextTask, out)
         train(TextTask, [*out, "--baseline", "brier"])
         assert trained == ["cross_entropy", "adafocal", "adafocal", "cross_entropy", "adafocal", "brier", "adafocal"]
+
+    def test_a_script_ends_with_the_message_alone_where_its_data_cannot_be_had(self, monkeypatch, tmp_path):
+        line = ["--dataset", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path)]
+        with pytest.raises(OSError, match="--dataset FOLDER"):
+            train(TextTask, line)
+        monkeypatch.setattr("sys.argv", ["scripts/train_text.py", *line])
+        with pytest.raises(
+            SystemExit, match=r"^train_text.py: The data set '.*nowhere' cannot be loaded: .*[^.]\. With"
+        ):
+            train(TextTask)
