@@ -12,8 +12,10 @@ import numpy as np
 from hf_adafocal.metrics.binning import Scheme, equal_width_edges
 from hf_adafocal.metrics.validation import CHUNK_VALUES, as_multiclass, checked_chunks
 
-# Columns are copied in blocks that fit the cache, and cut a few at a time into 2^_CELL_DIGITS cells each.
-_ROWS_COPIED, _COLUMNS_COPIED, _COLUMNS_CUT, _CELL_DIGITS = 256, 64, 4, 11
+# Columns are copied in blocks that fit the cache, and cut into 2^_CELL_DIGITS cells each.
+_ROWS_COPIED, _COLUMNS_COPIED, _CELL_DIGITS = 256, 64, 12
+_BITS_OF_ONE: dict[str, tuple[Any, int]] = {"f": (np.int32, 0x3F800000), "d": (np.int64, 0x3FF0000000000000)}
+_FIRST = np.zeros(1, dtype=np.intp)
 
 
 def classwise_calibration_error(
@@ -142,10 +144,13 @@ def _equal_mass_sums(probabilities: np.ndarray, labels: np.ndarray, num_bins: in
         pass
     size, classes = probabilities.shape
     position = np.linspace(0, size, len(equal_width_edges(num_bins)))[1:-1]  # as `equal_mass_edges`
-    sums, counts = np.zeros((classes, num_bins)), np.zeros((classes, num_bins))
-    edges = np.zeros((classes, num_bins - 1))
-    for part, columns in _columns(probabilities):
-        sums[part], counts[part], edges[part] = _cut_columns(columns, position)
+    rank = np.minimum(position.astype(np.int64), size - 1)
+    ranks = np.stack([rank, np.minimum(rank + 1, size - 1)])
+    counts, sums = np.zeros((classes, num_bins + 1)), np.zeros((classes, num_bins + 1))
+    between, edges = np.empty((classes, num_bins)), np.empty((classes, num_bins - 1))
+    for k, column in enumerate(_columns(probabilities)):
+        _cut_column(column, ranks, position - rank, counts[k, 1:], sums[k, 1:], between[k], edges[k])
+    counts, sums = np.diff(counts), np.diff(sums) + between
     of_label = np.take_along_axis(probabilities, labels[:, None], axis=1).clip(0, 1).astype(np.float64)
     for start in range(0, size, CHUNK_VALUES // num_bins + 1):
         rows = slice(start, start + CHUNK_VALUES // num_bins + 1)
@@ -154,67 +159,69 @@ def _equal_mass_sums(probabilities: np.ndarray, labels: np.ndarray, num_bins: in
     return sums, counts
 
 
-def _columns(probabilities: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
-    """Iterate over a few columns at a time, contiguous, in float32 or float64, clipped to [0, 1]."""
+def _columns(probabilities: np.ndarray) -> Iterator[np.ndarray]:
+    """Iterate over the columns, each contiguous, in float32 or float64; the next ones take its memory."""
     size, classes = probabilities.shape
-    dtype = np.promote_types(probabilities.dtype, np.float32)
+    dtype = np.float64 if probabilities.dtype.itemsize > 4 else np.float32
+    block = np.empty((min(_COLUMNS_COPIED, classes), size), dtype)
     for start in range(0, classes, _COLUMNS_COPIED):
-        block = np.empty((min(_COLUMNS_COPIED, classes - start), size), dtype)
+        columns = block[: classes - start]
         for row in range(0, size, _ROWS_COPIED):
             part = probabilities[row : row + _ROWS_COPIED, start : start + _COLUMNS_COPIED]
-            copied = block[:, row : row + _ROWS_COPIED]
-            np.clip(part.T, 0, 1, out=copied, dtype=dtype)
-            np.abs(copied, out=copied)  # no negative zeros
-        for first in range(0, len(block), _COLUMNS_CUT):
-            columns = block[first : first + _COLUMNS_CUT]
-            yield slice(start + first, start + first + len(columns)), columns
+            columns[:, row : row + _ROWS_COPIED] = part.T
+        yield from columns
 
 
-def _cut_columns(columns: np.ndarray, position: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Sums, counts and inner edges of the equal-mass bins of each row of `columns`, shapes `(k, ...)`.
+def _cut_column(
+    column: np.ndarray,
+    ranks: np.ndarray,
+    share: np.ndarray,
+    counts: np.ndarray,
+    sums: np.ndarray,
+    between: np.ndarray,
+    edges: np.ndarray,
+) -> None:
+    """Find the inner edges of the equal-mass bins of one class, and what lies up to the upper edge of each bin.
 
     The bits of non-negative floats ascend as the numbers do. The leading bits make cells whose counts tell which
     cells hold the samples next to an edge; the samples of those few cells alone are sorted and compared.
 
     Args:
-        columns: Values in [0, 1] of k classes, no negative zeros, shape `(k, N)`, float32 or float64.
-        position: Fractional rank of each inner edge, shape `(num_bins - 1,)`.
+        column: Probabilities, shape `(N,)`, float32 or float64; clipped to [0, 1].
+        ranks: Of the samples next to each edge, shape `(2, num_bins - 1)`.
+        share: Of the way from the lower to the upper one of them at which the edge lies, shape `(num_bins - 1,)`.
+        counts: Receives the number of samples up to the upper edge of each bin, shape `(num_bins,)`.
+        sums: Receives the sum of those of them that are in the cells of the edges, shape `(num_bins,)`.
+        between: Receives the sum of the cells between the edges of each bin, shape `(num_bins,)`.
+        edges: Receives the edges, shape `(num_bins - 1,)`.
     """
-    (k, size), num_bins = columns.shape, len(position) + 1
-    integer: type[np.signedinteger] = np.int32 if columns.dtype == np.float32 else np.int64
-    bits = np.asarray(columns.view(integer))
-    bits = bits - bits.min(axis=1, keepdims=True)
-    digits = max(4, min(_CELL_DIGITS, size.bit_length() - 4))
-    bits >>= max(int(bits.max()).bit_length() - digits, 0)
-    cells = 1 << digits
-    bits += np.arange(0, k * cells, cells, dtype=bits.dtype)[:, None]
-    cell = bits.ravel().astype(np.intp)
-    count = np.bincount(cell, minlength=k * cells).reshape(k, cells)
-    total = np.bincount(cell, columns.ravel(), k * cells).reshape(k, cells)
-
-    rank = np.minimum(position.astype(np.int64), size - 1)
-    ranks = np.stack([rank, np.minimum(rank + 1, size - 1)])  # of the samples next to each edge, (2, B - 1)
-    mixed = np.zeros((k, cells), dtype=bool)  # cells that hold such a sample
-    passed = np.zeros((k, cells + 1), dtype=np.intp)  # edges below a cell that holds none
-    below = count.cumsum(axis=1)
-    at = [np.searchsorted(of_class, ranks, side="right") for of_class in below]
-    for of_class, edge_cells in enumerate(at):
-        mixed[of_class, edge_cells] = True
-        np.add.at(passed[of_class], edge_cells[0] + 1, 1)
-    index = (passed[:, :-1].cumsum(axis=1) + np.arange(k)[:, None] * num_bins).ravel()
-    sums = np.bincount(index, np.where(mixed, 0, total).ravel(), k * num_bins).reshape(k, num_bins)
-    counts = np.bincount(index, np.where(mixed, 0, count).ravel(), k * num_bins).reshape(k, num_bins)
-
-    edges = np.empty((k, num_bins - 1))
-    chosen = np.flatnonzero(mixed.ravel().take(cell))
-    values = np.split(columns.ravel()[chosen], np.searchsorted(chosen, np.arange(size, k * size, size)))
-    for of_class, (value, edge_cells) in enumerate(zip(values, at, strict=True)):
-        value = np.sort(value).astype(np.float64)
-        held = np.flatnonzero(mixed[of_class])
-        skipped = below[of_class, held] - count[of_class, held].cumsum()  # samples in lower cells that are not mixed
-        lower, upper = value[ranks - skipped[np.searchsorted(held, edge_cells)]]
-        edges[of_class] = (upper - lower) * (position - rank) + lower
-        ends = np.concatenate([[0], np.searchsorted(value, edges[of_class], side="right"), [len(value)]])
-        sums[of_class] += np.diff(np.concatenate([[0], value.cumsum()])[ends])
-        counts[of_class] += np.diff(ends)
-    return sums, counts, edges
+    integer, largest = _BITS_OF_ONE[column.dtype.char]
+    bits = column.view(integer)
+    low, high = bits.min(), bits.max()
+    if low < 0 or high > largest:  # rounding, or a negative zero
+        column = np.abs(column.clip(0, 1))
+        bits = column.view(integer)
+        low, high = bits.min(), bits.max()
+    digits = max(4, min(_CELL_DIGITS, len(column).bit_length() - 4))
+    bits = bits - low
+    bits >>= max(int(high - low).bit_length() - digits, 0)
+    cell = bits.astype(np.intp)
+    count = np.bincount(cell, minlength=1 << digits)
+    total = np.bincount(cell, column, 1 << digits)
+    at = count.cumsum().searchsorted(ranks, side="right")
+    mixed = np.zeros(1 << digits, dtype=bool)  # cells that hold a sample next to an edge
+    mixed[at] = True
+    value = column[mixed.take(cell).nonzero()[0]]
+    value.sort()
+    value = value.astype(np.float64)
+    count[mixed] = total[mixed] = 0
+    others = count.cumsum()  # samples up to each cell that are in no mixed one
+    lower, upper = value[ranks - others[at]]
+    edges[:] = (upper - lower) * share + lower
+    ends = value.searchsorted(edges, side="right")
+    counts[:-1] = others[at[0]] + ends
+    counts[-1] = len(column)
+    sums[:-1] = value.cumsum()[ends - 1]  # an edge is no lower than the sample below it, so `ends` is at least 1
+    sums[-1] = value.sum()
+    # An empty range of cells gives its first one, which is mixed and so 0.
+    between[:] = np.add.reduceat(total, np.concatenate([_FIRST, at[0]]))
