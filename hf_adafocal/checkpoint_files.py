@@ -110,7 +110,7 @@ def check_header(path: Path) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The content of a JSON file in UTF-8.
+    """Read a JSON file in UTF-8.
 
     Raises:
         OSError: If there is no such file.

@@ -66,12 +66,12 @@ class GlobalPoolingCNNConfig(PretrainedConfig):
 
     @property
     def receptive_field(self) -> int:
-        """Tokens that one position after the last convolution sees."""
+        """Number of tokens that one position after the last convolution sees."""
         return 3 * (self.kernel_size - 1) + 2 * (self.pool_size - 1) + 1
 
 
 class GlobalPoolingCNNForSequenceClassification(PreTrainedModel):
-    """Three convolutions, a maximum over the text, one hidden layer.
+    """Text classifier with three convolutions, a global maximum over the text, and one hidden layer.
 
     Embeddings are learned (the original freezes GloVe). The maximum runs over windows that hold real tokens only, so a
     text scores the same in any batch; a text shorter than the receptive field has one window, filled up with padding.
@@ -113,7 +113,7 @@ class GlobalPoolingCNNForSequenceClassification(PreTrainedModel):
         labels: Tensor | None = None,
         return_dict: bool | None = None,
     ) -> SequenceClassifierOutput | tuple[Tensor, ...]:
-        """Class scores of token ids.
+        """Compute class logits from token ids.
 
         Args:
             input_ids: Token ids padded on the right, shape `(N, L)`.
@@ -148,7 +148,7 @@ class GlobalPoolingCNNForSequenceClassification(PreTrainedModel):
 def train_word_level_tokenizer(
     texts: Iterable[str], vocab_size: int = 20000, max_length: int = 256
 ) -> PreTrainedTokenizerFast:
-    """A lower-casing word tokenizer with the most frequent words of `texts`.
+    """Train a lower-casing word tokenizer with the most frequent words of `texts`.
 
     Each text starts with `[CLS]`, so that an empty one still has a token; of a pair both do.
 
@@ -179,7 +179,7 @@ def train_word_level_tokenizer(
 def timm_classifier(
     architecture: str, label_names: list[str], image_size: int, model_args: dict | None = None
 ) -> PreTrainedModel:
-    """A timm network with fresh weights as a transformers image classifier.
+    """Build a timm network with fresh weights as a transformers image classifier.
 
     The checkpoint it saves loads offline with `AutoModelForImageClassification`, `AutoImageProcessor` and `pipeline`.
 

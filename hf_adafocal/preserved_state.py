@@ -39,7 +39,7 @@ def random_state_kept(generators: Sequence[torch.Generator] = ()) -> Iterator[No
 
 
 def _accelerator_in_use() -> str | None:
-    """Type of the accelerator whose random state must be kept; None if there is none or it has not been used yet."""
+    """Return the type of the accelerator whose random state must be kept; None if none was used yet."""
     if not torch.accelerator.is_available():
         return None
     kind = torch.accelerator.current_accelerator()

@@ -71,7 +71,7 @@ class UNet3DForSemanticSegmentation(PreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, return_dict: bool | None = None
     ) -> SemanticSegmenterOutput | tuple[Tensor, ...]:
-        """Class scores of every voxel.
+        """Compute class logits of every voxel.
 
         Args:
             pixel_values: Volumes, shape `(N, num_channels, d1, d2, d3)`.

@@ -140,7 +140,7 @@ def describes_weights(path: str) -> bool:
 
 
 def custom_code(folder: str | Path) -> list[str]:
-    """Python modules of a checkpoint that its configurations name in `auto_map`, with those that they import.
+    """Find the Python modules that a checkpoint's configurations name in `auto_map`, with those that they import.
 
     Args:
         folder: Of the checkpoint.
@@ -178,7 +178,7 @@ def _relative_imports(path: Path) -> list[str]:
 
 
 def _shown_pictures(folder: Path) -> list[str]:
-    """Pictures in the folder that the card shows."""
+    """Return the pictures in the folder that the card shows."""
     card = folder / "README.md"
     if not card.is_file():
         return []
@@ -192,7 +192,7 @@ def _shown_pictures(folder: Path) -> list[str]:
 
 
 def _entries(folder: Path) -> Iterator[tuple[str, Path]]:
-    """Path and place of every file, and of every link; no link is followed."""
+    """Return path and location of every file and link; links are not followed."""
     for parent, folders, files in os.walk(folder, onerror=_raise):
         folders.sort()
         links = [name for name in folders if (Path(parent) / name).is_symlink()]
@@ -206,12 +206,12 @@ def _raise(error: OSError) -> None:
 
 
 def _printable(path: str) -> str:
-    """A path on one line, whatever is in it."""
+    """Make a path printable on one line."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in path)
 
 
 def _obstacle(folder: Path, source: Path) -> str | None:
-    """Why a file cannot be uploaded whatever it holds."""
+    """Return why a file cannot be uploaded, whatever it holds; None if it can."""
     if source.is_symlink():
         target = source.resolve()
         if not target.is_relative_to(folder.resolve()):
@@ -226,7 +226,7 @@ def _obstacle(folder: Path, source: Path) -> str | None:
 
 
 def _is_named_by(path: str, pattern: str) -> bool:
-    """Whether a pattern matches, as in a shell: hidden files only where it begins with the dot too."""
+    """Whether a pattern matches, as in a shell: hidden files only if it begins with a dot too."""
     hidden = any(part.startswith(".") for part in path.split("/"))
     if hidden and not (pattern.startswith(".") or "/." in pattern):
         return False
@@ -234,7 +234,7 @@ def _is_named_by(path: str, pattern: str) -> bool:
 
 
 def _kind(path: str, training_state: bool) -> str | None:
-    """What a file of the allow-list must hold; None for one that is not on it."""
+    """Return which content a file of the allow-list must have; None for one that is not on the list."""
     whole = PurePosixPath(path)
     if training_state and (is_training_state(whole) or is_log(whole)):
         if any(fnmatchcase(whole.name, pattern) for pattern in (*STATE_FILES, *LOG_FILES)):
@@ -253,7 +253,7 @@ def _kind(path: str, training_state: bool) -> str | None:
 
 
 def _reason(path: str, source: Path) -> str:
-    """Why a file that is not on the allow-list is left out."""
+    """Return why a file that is not on the allow-list is left out."""
     whole = PurePosixPath(path)
     if (is_weights(whole) and ".bin" in whole.suffixes) or whole.suffix == ".ckpt":
         return "pickled weights"
@@ -284,7 +284,7 @@ def _check(source: Path, kind: str) -> None:
 
 
 def _readable_part(source: Path) -> bytes:
-    """The bytes of a file without its tensors."""
+    """Return the bytes of a file without its tensors."""
     with source.open("rb") as file:
         if source.suffix == ".safetensors":
             return file.read(int.from_bytes(file.read(8), "little"))

@@ -50,7 +50,7 @@ VIT = {
 
 
 def candidates(device: str) -> dict[str, Callable]:
-    """Losses by name, the baseline first; AdaFocal with the uneven table of a trained run."""
+    """Return the losses by name, the baseline first; AdaFocal has the table of a trained run."""
     losses: dict[str, Callable] = {BASELINE: F.cross_entropy}
     losses |= {name: loss().to(device) for name, loss in PER_SAMPLE_LOSSES.items()}
     losses["adafocal"].set_table(torch.linspace(0, 1, 16) ** 0.5, torch.linspace(-2, 4, 15))
@@ -64,13 +64,13 @@ def candidates(device: str) -> dict[str, Callable]:
 
 
 def step(loss: Callable, logits: torch.Tensor, labels: torch.Tensor) -> None:
-    """One forward and backward pass."""
+    """Run one forward and backward pass."""
     logits.grad = None
     loss(logits, labels).backward()
 
 
 def seconds(loss: Callable, logits: torch.Tensor, labels: torch.Tensor, repeats: int) -> float:
-    """Time of one pass, the mean of `repeats`."""
+    """Measure the time of one pass, the mean of `repeats`."""
     if logits.is_cuda:
         torch.cuda.synchronize()
     start = time.perf_counter()
@@ -82,7 +82,7 @@ def seconds(loss: Callable, logits: torch.Tensor, labels: torch.Tensor, repeats:
 
 
 def peak_bytes(function: Callable, on_gpu: bool) -> int:
-    """Most bytes held at once during a call, beyond those held before; gradients that are there do not count."""
+    """Measure the peak memory of a call, beyond what was allocated before it."""
     if on_gpu:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -99,7 +99,7 @@ def peak_bytes(function: Callable, on_gpu: bool) -> int:
 
 
 def benchmark_losses(device: str, rounds: int) -> None:
-    """Print a Markdown table: time and peak memory of each loss by those of the baseline."""
+    """Print a Markdown table of time and peak memory of each loss, as ratios to the baseline."""
     losses = candidates(device)
     print("| logits | loss | time | time / CE | peak memory / CE |\n| --- | --- | --- | --- | --- |")
     for shape in SHAPES:
@@ -126,14 +126,14 @@ def benchmark_losses(device: str, rounds: int) -> None:
 
 
 def predictions(samples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Over-confident float32 probabilities and labels."""
+    """Make over-confident float32 probabilities and labels."""
     logits = np.random.default_rng(0).normal(size=(samples, classes)) * 2
     noise = np.random.default_rng(1).gumbel(size=logits.shape)
     return metrics.softmax(1.5 * logits).astype(np.float32), (logits + noise).argmax(axis=1)
 
 
 def our_metrics(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
-    """What the module measures, by the name of the metric."""
+    """Metrics of this package, by name."""
     return {
         ONE_MAX: lambda: p.max(axis=1).mean(),
         "accuracy": lambda: metrics.accuracy(p, y),
@@ -153,7 +153,7 @@ def our_metrics(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
 
 
 def scikit_learn(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
-    """No calibration error yet; NLL raises a probability below the dtype's epsilon, 1.2e-7 in float32, to that."""
+    """Metrics of scikit-learn: no calibration error; NLL clips probabilities at the dtype's epsilon."""
     classes = np.arange(p.shape[1])
     return {
         "accuracy": lambda: sklearn.metrics.accuracy_score(y, p.argmax(axis=1)),
@@ -163,7 +163,7 @@ def scikit_learn(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
 
 
 def torchmetrics(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
-    """Bins are [lower, upper), and a confidence of 1.0 gets one more of its own; sums in float32."""
+    """Metrics of torchmetrics: bins are [lower, upper), with one more bin for a confidence of 1.0; sums in float32."""
     from torchmetrics.functional.classification import multiclass_accuracy, multiclass_calibration_error
 
     p, y, classes = torch.from_numpy(p), torch.from_numpy(y), p.shape[1]
@@ -175,7 +175,7 @@ def torchmetrics(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
 
 
 def torch_uncertainty(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
-    """The bins of torchmetrics; AdaECE cuts the sorted samples into equal shares, through ties; sums in float32."""
+    """Metrics of torch-uncertainty: torchmetrics' bins; AdaECE cuts sorted samples into equal parts, through ties."""
     from torch_uncertainty.metrics import classification as peer
 
     p, y, classes = torch.from_numpy(p), torch.from_numpy(y), p.shape[1]
@@ -195,7 +195,7 @@ def torch_uncertainty(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
 
 
 def netcal(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
-    """Bins are [lower, upper), the last one closed; its "ACE" is another metric and left out."""
+    """Metrics of netcal: bins are [lower, upper), the last one closed; its "ACE" is another metric and left out."""
     from netcal.metrics import ECE, MCE
 
     return {
@@ -206,21 +206,21 @@ def netcal(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
 
 
 def relplot(p: np.ndarray, y: np.ndarray) -> dict[str, Callable]:
-    """Bins are [lower, upper) by division in the input's dtype, and 1.0 gets one more of its own."""
+    """Metrics of relplot: bins are [lower, upper) by division in the input's dtype, with one more bin for 1.0."""
     from relplot.metrics import binnedECE, multiclass_logits_to_confidences
 
     return {"ece": lambda: binnedECE(*multiclass_logits_to_confidences(p, y, probs=True), NUM_BINS)}
 
 
 def timed(function: Callable) -> float:
-    """Seconds of one call."""
+    """Measure the seconds of one call."""
     start = time.perf_counter()
     function()
     return time.perf_counter() - start
 
 
 def benchmark_metrics(rounds: int) -> None:
-    """Print a Markdown table: value and time of each metric, ours first, then the peers that have it."""
+    """Print a Markdown table of value and time of each metric, ours first, then other libraries that have it."""
     peers = []
     for peer in (scikit_learn, torchmetrics, torch_uncertainty, netcal, relplot):
         try:
@@ -257,7 +257,7 @@ def benchmark_metrics(rounds: int) -> None:
 
 
 class KnownLogits(nn.Module):
-    """A classifier that costs nothing: its logits are there before it is asked."""
+    """Dummy classifier that returns precomputed logits, so that timings exclude the model."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -265,13 +265,13 @@ class KnownLogits(nn.Module):
         self.register_buffer("logits", 3 * torch.randn(4096, CLASSES))
 
     def forward(self, index: torch.Tensor, labels: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
-        """Some rows of the logits, as a view; with labels also their cross-entropy, as transformers' models do."""
+        """Return some rows of the logits, as a view; with labels also their cross-entropy."""
         logits = self.logits[: len(index)]
         return {"logits": logits} if labels is None else {"loss": F.cross_entropy(logits, labels), "logits": logits}
 
 
 def trainers(losses: list[str], model: Callable[[], nn.Module], data: dict[str, Dataset], **settings) -> dict:
-    """The stock Trainer, and ours by the name of the loss, each with a model of its own."""
+    """Return the stock Trainer, and ours by the name of the loss, each with a model of its own."""
     from transformers import PrinterCallback, Trainer, TrainingArguments
 
     from hf_adafocal import AdaFocalTrainer, AdaFocalTrainingArguments
@@ -290,7 +290,7 @@ def trainers(losses: list[str], model: Callable[[], nn.Module], data: dict[str, 
 
 
 def step_seconds(trainer) -> float:
-    """Time of one training step, the median of a short run; what a run costs once is left out."""
+    """Measure the time of one training step, the median of a short run, without start-up costs."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
@@ -308,7 +308,7 @@ def step_seconds(trainer) -> float:
 
 
 def interleaved(candidates: dict, seconds: Callable, rounds: int) -> dict[str, tuple[float, float]]:
-    """For each candidate the median time, and the median over rounds of its time by the first one's."""
+    """Time candidates in random order: for each the median time, and its median ratio to the first one's."""
     times: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():  # warm-up
         seconds(candidate)
@@ -323,7 +323,7 @@ def interleaved(candidates: dict, seconds: Callable, rounds: int) -> dict[str, t
 
 
 def traced_bytes(function: Callable) -> tuple[int, int]:
-    """Bytes of Python and numpy that a call leaves behind, and the most it held at once."""
+    """Measure the bytes of Python and numpy that a call leaves allocated, and their peak."""
     tracemalloc.start()
     function()
     left, peak = tracemalloc.get_traced_memory()
@@ -332,7 +332,7 @@ def traced_bytes(function: Callable) -> tuple[int, int]:
 
 
 def share_of_temperature(network: nn.Module, pixels: torch.Tensor, batch: int, rounds: int) -> float:
-    """Time of the sums behind `eval_temperature` and `eval_refinement`, by that of the forward passes of a set."""
+    """Time the sums behind `eval_temperature` and `eval_refinement` relative to the forward passes of a set."""
     from hf_adafocal.scaling.grid import SumsOnGrid
 
     on_cpu = pixels.device.type == "cpu"
@@ -359,7 +359,7 @@ def share_of_temperature(network: nn.Module, pixels: torch.Tensor, batch: int, r
 
 
 def benchmark_trainer(device: str, rounds: int) -> None:
-    """Print steps per second against the stock Trainer's, then what calibration adds to an evaluation."""
+    """Print steps per second relative to the stock Trainer's, then the cost of calibration in an evaluation."""
     from transformers import ViTConfig, ViTForImageClassification
 
     def vit() -> nn.Module:
@@ -390,7 +390,7 @@ def benchmark_trainer(device: str, rounds: int) -> None:
         samples = {"eval_dataset": StackDataset(index=torch.arange(SAMPLES), labels=labels)}
         known = trainers(["adafocal"], KnownLogits, samples, **settings)
         del network["cross_entropy"]
-        print("\n| evaluation | samples | stock | with calibration | ratio | added a sample |")
+        print("\n| evaluation | samples | stock | with calibration | ratio | added per sample |")
         print("| --- | --- | --- | --- | --- | --- |")
         for title, pair, size in (("small ViT", network, IMAGES), ("logits known", known, SAMPLES)):
             found = interleaved(pair, lambda trainer: timed(trainer.evaluate), rounds)

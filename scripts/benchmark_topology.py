@@ -16,7 +16,7 @@ from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
 
 
 def seconds(function, repeats: int = 3) -> float:
-    """Least CPU time of a call."""
+    """Measure the minimum CPU time of a call."""
     times = []
     for _ in range(repeats):
         start = time.process_time()
@@ -26,7 +26,7 @@ def seconds(function, repeats: int = 3) -> float:
 
 
 def two_classes(scores) -> torch.Tensor:
-    """Logits of one sample from scores of the foreground."""
+    """Make two-class logits of one sample from scores of the foreground."""
     scores = torch.as_tensor(np.asarray(scores), dtype=torch.float32)
     return torch.stack([torch.zeros_like(scores), scores])[None].requires_grad_()
 

@@ -1,4 +1,4 @@
-"""What `reproduce_paper.py` runs: settings, methods, data and networks."""
+"""Settings, methods, data and networks of `reproduce_paper.py`."""
 
 import hashlib
 from collections.abc import Callable
@@ -49,7 +49,7 @@ Parts = dict[str, Any]  # "train", "calibration", "test": (inputs, labels); "ood
 
 @dataclass(frozen=True)
 class Setting:
-    """Data, network and recipe of a row of runs.
+    """Data, network and training recipe of one experiment.
 
     Attributes:
         data: Name in `DATA`.
@@ -84,7 +84,7 @@ class Setting:
 
     @property
     def recipe(self) -> dict[str, float]:
-        """Learning rate, weight decay and largest gradient norm as the optimizer takes them."""
+        """Learning rate, weight decay and maximum gradient norm for the optimizer."""
         factor = self.batch_size if self.summed else 1
         return {
             "learning_rate": self.learning_rate * factor,
@@ -93,7 +93,7 @@ class Setting:
         }
 
     def rows(self, parts: Parts, role: str, seed: int) -> TensorRows:
-        """A part of the data as the trainer takes it."""
+        """Return a split of the data as the trainer takes it."""
         inputs, labels = parts[role]
         if self.image is None:
             return TensorRows(inputs, labels, "input_ids" if self.data.startswith("news") else "features")
@@ -114,7 +114,7 @@ class SmallConvolutional(nn.Module):
         self.classifier = nn.Linear(widths[-1], num_classes)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits of images, shape `(N, 10)`."""
+        """Compute the logits of images, shape `(N, 10)`."""
         images = pixel_values.contiguous(memory_format=torch.channels_last)
         return {"logits": self.classifier(self.features(images).mean(dim=(2, 3)))}
 
@@ -145,7 +145,7 @@ class ResNet8(nn.Module):
                 nn.init.kaiming_normal_(module.weight)
 
     def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits of images, shape `(N, 10)`."""
+        """Compute the logits of images, shape `(N, 10)`."""
         images = self.stem(pixel_values.contiguous(memory_format=torch.channels_last))
         for block in self.blocks:
             residual = block(images)
@@ -168,17 +168,17 @@ class Perceptron(nn.Module):
         )
 
     def forward(self, features: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
-        """Logits of feature vectors, shape `(N, 20)`."""
+        """Compute the logits of feature vectors, shape `(N, 20)`."""
         return {"logits": self.layers(features)}
 
 
 def text_network() -> nn.Module:
-    """The global-pooling CNN for 20 Newsgroups."""
+    """Build the global-pooling CNN for 20 Newsgroups."""
     return GlobalPoolingCNNForSequenceClassification(GlobalPoolingCNNConfig(num_labels=20))
 
 
 def images(folder: Path, seed: int, *, size: int, train: int, calibration: int) -> Parts:
-    """Two disjoint parts of CIFAR-10's training images and all its test images, `size` pixels wide."""
+    """Load two disjoint parts of CIFAR-10's training images and all its test images, `size` pixels wide."""
     raw = load_dataset(str(folder / "cifar10"))
     order = np.random.default_rng(seed).permutation(len(raw["train"]))
     chosen = {"train": raw["train"].select(order[:train]), "test": raw["test"]}
@@ -191,14 +191,14 @@ def images(folder: Path, seed: int, *, size: int, train: int, calibration: int) 
 
 
 def corruptions(pixels: Tensor, seed: int) -> dict[str, Tensor]:
-    """Images under Gaussian noise and under Gaussian blur."""
+    """Add Gaussian noise and Gaussian blur to images."""
     noise = torch.randn(pixels.shape, generator=torch.Generator().manual_seed(seed)) * 255 * NOISE
     noisy = (pixels + noise).round().clamp(0, 255).to(torch.uint8)
     return {"noise": noisy, "blur": vision.gaussian_blur(pixels, kernel_size=[9, 9], sigma=[BLUR, BLUR])}
 
 
 def all_texts(folder: Path, seed: int) -> tuple[list[str], Tensor, list[str]]:
-    """Texts and labels of 20 Newsgroups, train and test of the release shuffled together, and the Reuters texts."""
+    """Load the texts and labels of 20 Newsgroups, train and test shuffled together, and the Reuters texts."""
     raw = load_dataset(str(folder / "20_newsgroups"))
     texts = [text for part in ("train", "test") for text in raw[part]["text"]]
     labels = torch.tensor([label for part in ("train", "test") for label in raw[part]["label"]])
@@ -208,7 +208,7 @@ def all_texts(folder: Path, seed: int) -> tuple[list[str], Tensor, list[str]]:
 
 
 def text_features(folder: Path, seed: int, *, train: int, calibration: int, size: int = 256) -> Parts:
-    """Latent semantic features: TF-IDF of words and its largest singular vectors, both fitted on the training texts.
+    """Compute latent semantic features: TF-IDF and truncated SVD, both fitted on the training texts.
 
     Held-out texts whose TF-IDF stands in an earlier part too (empty ones) are left out.
     """
@@ -233,7 +233,7 @@ def text_features(folder: Path, seed: int, *, train: int, calibration: int, size
 
 
 def text_tokens(folder: Path, seed: int, *, length: int, calibration: int = 900) -> Parts:
-    """Token ids; the last 20 % of the shuffled texts are the test set, the 900 before them the validation set.
+    """Encode texts as token ids; the last 20 % are the test set, the 900 before them the validation set.
 
     Training texts with the tokens of a held-out one are left out.
     """
@@ -255,7 +255,7 @@ def text_tokens(folder: Path, seed: int, *, length: int, calibration: int = 900)
 
 
 def digest(content: bytes) -> bytes:
-    """128 bits that stand for these bytes."""
+    """Compute a 128-bit hash of bytes."""
     return hashlib.blake2b(content, digest_size=16).digest()
 
 

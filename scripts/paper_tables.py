@@ -1,4 +1,4 @@
-"""Tables and the figure of `reproduce_paper.py`, from its reports."""
+"""Tables and the figure of `reproduce_paper.py`, made from its reports."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ TITLES = {
 
 
 def read(folder: Path, setting: str) -> Runs:
-    """Finished runs of a setting, methods in the order of `METHODS` and seeds in ascending order."""
+    """Read the finished runs of a setting, methods in the order of `METHODS` and seeds in ascending order."""
     runs: Runs = {}
     for method in METHODS:
         for path in sorted((folder / setting).glob(f"{method}-*.json")):
@@ -39,7 +39,7 @@ def read(folder: Path, setting: str) -> Runs:
 
 
 def tables(folder: Path) -> str:
-    """Every table as Markdown, of the settings that have reports."""
+    """Render every table as Markdown, of the settings that have reports."""
     found = {setting: runs for setting in SETTINGS if (runs := read(folder, setting))}
     parts = []
     for setting, runs in found.items():
@@ -51,7 +51,7 @@ def tables(folder: Path) -> str:
 
 
 def metrics_table(runs: Runs) -> str:
-    """Means and standard deviations over seeds on the test split, before and after temperature scaling."""
+    """Render means and standard deviations over seeds on the test split, before and after temperature scaling."""
     tests = {}
     for method, by_seed in runs.items():
         tests[method] = [
@@ -75,7 +75,7 @@ def metrics_table(runs: Runs) -> str:
 
 
 def differences_table(runs: Runs) -> str:
-    """Each method as trained minus cross-entropy on the seeds that both have, with 95 % intervals."""
+    """Render the difference of each method from cross-entropy on the seeds both have, with 95 % intervals."""
     head = ["method", "seeds", "ECE - CE's", "ECE - (CE + T)'s", "ECE + T - (CE + T)'s", "error - CE's"]
     head += ["NLL + T - (CE + T)'s, 1/100 nat"]
     pairs = (("ece", RAW, RAW, 1), ("ece", RAW, SCALED, 1), ("ece", SCALED, SCALED, 1), ("accuracy", RAW, RAW, -1))
@@ -95,14 +95,14 @@ def differences_table(runs: Runs) -> str:
 def difference(
     ours: dict[int, dict], own: str, theirs: dict[int, dict], other: str, key: str, seeds: list[int], sign: int = 1
 ) -> str:
-    """Paired by seed, in percentage points."""
+    """Format the difference of two methods, paired by seed, in percentage points."""
     return paired_difference(
         100 * sign * np.array([ours[seed][own][key] - theirs[seed][other][key] for seed in seeds])
     )
 
 
 def recipe_table(found: dict[str, Runs]) -> str:
-    """What the summed loss with clipped gradients changes for each method, and AdaFocal's gain under either recipe."""
+    """Compare the two recipes (mean loss; summed loss with clipped gradients) for each method."""
     head = ["setting", "method", "seeds", "ECE % mean", "ECE % sum", "ECE sum - mean", "error sum - mean"]
     head += ["ECE + T sum - mean"]
     rows = []
@@ -124,7 +124,7 @@ def recipe_table(found: dict[str, Runs]) -> str:
 
 
 def crossing_table(found: dict[str, Runs]) -> str:
-    """For each seed the updates of gamma after which AdaFocal's test ECE stays below another curve.
+    """Render for each seed the number of gamma updates after which AdaFocal's test ECE stays below another curve.
 
     Where it does not to the end, the cell has the share of readings at which it is below.
     """
@@ -147,7 +147,7 @@ def crossing_table(found: dict[str, Runs]) -> str:
 
 
 def crossing(ours: dict[str, list], theirs: dict[str, list], key: str) -> int | None:
-    """The updates made before the first reading from which on our ECE stays below theirs; None if it does not.
+    """Return the number of updates before the ECE first stays below the other curve for good; None if it does not.
 
     The reading after epoch e is of weights that were trained with a table moved e - 1 times.
     """
@@ -159,7 +159,7 @@ def crossing(ours: dict[str, list], theirs: dict[str, list], key: str) -> int | 
 
 
 def gamma_table(found: dict[str, Runs]) -> str:
-    """The last gammas of each AdaFocal run by bin, when they meet the cap, and what moves the others late."""
+    """Render the last gammas of each AdaFocal run by bin, and when they reach the cap."""
     head = [
         "setting",
         "method",
@@ -186,7 +186,7 @@ def gamma_table(found: dict[str, Runs]) -> str:
 
 
 def late_gaps(gammas: np.ndarray, capped: np.ndarray, lambda_: float) -> tuple[str, str]:
-    """Of bins that are free over the last third of a run: mean size of a bin's mean gap, and of its deviation in time.
+    """Summarise the uncapped bins over the last third of a run: mean size of their mean gap, and of its deviation.
 
     A gap follows from two gammas, `log(g' / g) / lambda`, where neither a limit nor the switch acted.
 
@@ -207,14 +207,14 @@ def late_gaps(gammas: np.ndarray, capped: np.ndarray, lambda_: float) -> tuple[s
 
 
 def markdown(head: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; nothing without rows."""
+    """Render a Markdown table; empty without rows."""
     if not rows:
         return ""
     return "\n".join("| " + " | ".join(row) + " |" for row in [head, ["---"] * len(head), *rows])
 
 
 def figure(folder: Path, path: Path) -> None:
-    """ECE of the test split against epochs, mean and range over seeds, and below it AdaFocal's gammas of one seed.
+    """Plot ECE of the test split against epochs, mean and range over seeds, above AdaFocal's gammas of one seed.
 
     Args:
         folder: Of the reports.
@@ -256,7 +256,7 @@ def figure(folder: Path, path: Path) -> None:
 
 
 def draw_curve(axes: Any, logs: list[dict[str, list]], key: str, color: str, title: str, **style: Any) -> None:
-    """The mean over seeds as a line and their range as a band."""
+    """Plot the mean over seeds as a line and their range as a band."""
     values = 100 * np.array([log[key] for log in logs])
     axes.plot(logs[0]["epoch"], values.mean(axis=0), color=color, label=title, **style)
     axes.fill_between(logs[0]["epoch"], values.min(axis=0), values.max(axis=0), color=color, alpha=0.15, lw=0)

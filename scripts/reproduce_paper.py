@@ -1,4 +1,4 @@
-"""AdaFocal at the paper's length beside its rivals: runs, tables and the figure of calibration against epochs.
+"""Train AdaFocal and its baselines for the paper's number of epochs: runs, tables and calibration curves.
 
 python scripts/reproduce_paper.py run --data FOLDER                     # small settings, main methods, three seeds
 python scripts/reproduce_paper.py run --data FOLDER --settings small_texts --methods all
@@ -45,7 +45,7 @@ REPORTS = ROOT / "model_cards" / "paper"
 
 
 def main() -> None:
-    """Run, tabulate or draw."""
+    """Parse the command line and run, tabulate or draw."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("verb", choices=("run", "table", "figure"))
     parser.add_argument("--settings", nargs="+", choices=SETTINGS, default=SMALL)
@@ -71,7 +71,7 @@ def main() -> None:
 
 
 def run_all(work: list[tuple[str, str, int]], data: Path, folder: Path, reports: Path, jobs: int) -> None:
-    """Several runs, each in a process with one thread.
+    """Run several experiments, each in a process with one thread.
 
     Raises:
         RuntimeError: If runs failed, after the others are done.
@@ -92,7 +92,7 @@ def run_all(work: list[tuple[str, str, int]], data: Path, folder: Path, reports:
 
 
 def run(setting_name: str, method: str, seed: int, data: Path, folder: Path, reports: Path) -> str:
-    """Train, evaluate and write the report of one run, or go on where it was interrupted.
+    """Train, evaluate and write the report of one run, or resume it.
 
     Returns:
         A line for the log.
@@ -138,7 +138,7 @@ def run(setting_name: str, method: str, seed: int, data: Path, folder: Path, rep
 def make_trainer(
     setting: Setting, method: str, seed: int, parts: Parts, output: Path
 ) -> tuple[AdaFocalTrainer, "Curve"]:
-    """The trainer of one run, and what records its curve."""
+    """Build the trainer of one run and the callback that records its curve."""
     rows = {role: setting.rows(parts, role, seed) for role in ("train", "calibration", "test")}
     steps_per_epoch = -(-len(rows["train"]) // setting.batch_size)
     recipe = setting.recipe
@@ -188,7 +188,7 @@ def make_trainer(
 
 
 class Curve(TrainerCallback):
-    """Notes after each epoch the gammas that were in force, and every few epochs the calibration of the test split.
+    """Record the gammas in use after each epoch, and every few epochs the calibration of the test split.
 
     What it notes travels in `trainer_state.json`, so a resumed run has the curve of an uninterrupted one.
 
@@ -206,11 +206,11 @@ class Curve(TrainerCallback):
         self.notes: list[dict] = []
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Take up the checkpoint's notes."""
+        """Load the record from the checkpoint."""
         self.notes = state.stateful_callbacks.setdefault(self.key, [])
 
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
-        """Add this epoch's."""
+        """Record this epoch."""
         epoch = round(state.epoch)
         note: dict[str, Any] = {"epoch": epoch}
         table = self.loss.table() if hasattr(self.loss, "table") else {}
@@ -231,7 +231,7 @@ class Curve(TrainerCallback):
 
 @torch.no_grad()
 def logits_of(model: nn.Module, rows: TensorRows, batch_size: int = 500) -> Tensor:
-    """Logits in evaluation mode, shape `(N, C)`; the random state stays as it is."""
+    """Compute logits in evaluation mode, shape `(N, C)`, without changing the random state."""
     device = next(model.parameters()).device
     with evaluating(model):
         batches = torch.arange(len(rows)).split(batch_size)
@@ -239,7 +239,7 @@ def logits_of(model: nn.Module, rows: TensorRows, batch_size: int = 500) -> Tens
 
 
 def final_report(model: nn.Module, setting: Setting, parts: Parts, seed: int) -> dict[str, Any]:
-    """Every column of the tables, before and after a temperature fitted on the calibration split."""
+    """Compute every column of the tables, before and after a temperature fitted on the calibration split."""
     calibration, test = (setting.rows(parts, role, seed) for role in ("calibration", "test"))
     logits, labels = logits_of(model, test).double(), test.labels.numpy()
     fitted_on = logits_of(model, calibration).double()
@@ -260,7 +260,7 @@ def final_report(model: nn.Module, setting: Setting, parts: Parts, seed: int) ->
 
 
 def training_log(trainer: AdaFocalTrainer, curve: Curve) -> dict[str, Any]:
-    """Validation after each epoch, the curve of the test split, and gammas before and after each update."""
+    """Collect validation after each epoch, the curve of the test split, and gammas before and after each update."""
     evaluated = [entry for entry in trainer.state.log_history if "eval_ece" in entry]
     log: dict[str, Any] = {
         "validation": {
@@ -284,19 +284,19 @@ def training_log(trainer: AdaFocalTrainer, curve: Curve) -> dict[str, Any]:
 
 
 def rounded(values: Any) -> Any:
-    """Four significant digits, which is finer than any difference that a seed leaves."""
+    """Round to four significant digits, which is finer than the differences between seeds."""
     return [rounded(value) for value in values] if isinstance(values, list) else float(f"{values:.4g}")
 
 
 def readable(report: dict[str, Any]) -> str:
-    """JSON with a line per entry of the log."""
+    """Format JSON with one line per entry of the log."""
     log = ",\n".join(f'  "{name}": {json.dumps(value)}' for name, value in report["log"].items())
     rest = [f' "{name}": {json.dumps(value)}' for name, value in report.items() if name != "log"]
     return "{\n" + ",\n".join([*rest, f' "log": {{\n{log}\n }}']) + "\n}\n"
 
 
 def cached_parts(name: str, data: Path, folder: Path, seed: int) -> Parts:
-    """The data of a seed, encoded once for all runs."""
+    """Load the data of a seed, encoded once for all runs."""
     path = folder / "data" / f"{name}-{seed}.pt"
     if not path.exists():
         build, settings = DATA[name]
@@ -308,7 +308,7 @@ def cached_parts(name: str, data: Path, folder: Path, seed: int) -> Parts:
 
 
 def commit() -> str:
-    """The commit that runs, with a mark if files differ from it."""
+    """Return the current commit, with a mark if files differ from it."""
     described = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--dirty", "--exclude", "*"]
     found = subprocess.run(described, capture_output=True, text=True, check=False)
     return found.stdout.strip() or "unknown"

@@ -34,7 +34,7 @@ DISTRIBUTIONS = {
 
 
 def rates(confidence: np.ndarray, shape: str, bin_of: np.ndarray, frequent: int, size: float) -> np.ndarray:
-    """Probability that each sample is right, for a gap of `size` in the bins of a shape; clipped to [0, 1]."""
+    """Return the probability that each sample is correct, for a gap of `size` in the bins of a shape."""
     sign = {
         "over": np.ones(len(confidence)),
         "under": -np.ones(len(confidence)),
@@ -45,7 +45,7 @@ def rates(confidence: np.ndarray, shape: str, bin_of: np.ndarray, frequent: int,
 
 
 def gap_for(draw, shape: str, frequent: int, target: float) -> float | None:
-    """Gap for which the true binned error is `target`, by bisection on a million samples; None if none is enough."""
+    """Find the gap at which the true binned error is `target`, by bisection; None if no gap is large enough."""
     confidence = draw(np.random.default_rng(0), 1_000_000)
     bin_of = bins_of(confidence)
 
@@ -63,12 +63,12 @@ def gap_for(draw, shape: str, frequent: int, target: float) -> float | None:
 
 
 def bins_of(confidence: np.ndarray) -> np.ndarray:
-    """Equal-width bin of each confidence."""
+    """Return the equal-width bin of each confidence."""
     return np.searchsorted(np.arange(1, BINS) / BINS, confidence)
 
 
 def share_passed(draw, limit: float, size: int, trials: int, seed: int, shape: str = "", gap: float = 0.0, frequent=0):
-    """Share of simulated sets of samples whose interval ends at or below the limit."""
+    """Compute the share of simulated data sets whose interval ends at or below the limit."""
     generator, passed = np.random.default_rng(seed), 0
     for _ in range(trials):
         confidence = draw(generator, size)
@@ -79,7 +79,7 @@ def share_passed(draw, limit: float, size: int, trials: int, seed: int, shape: s
 
 
 def tables(trials: int, seed: int) -> str:
-    """The two tables as Markdown."""
+    """Render the two tables as Markdown."""
     head = f"| confidences | limit | {' | '.join(f'{size:,}' for size in SIZES)} |"
     rule = "| --- | ---: |" + " ---: |" * len(SIZES)
     errors, power = [head, rule], [head[:-1] + "| samples named: power |", rule + " ---: |"]

@@ -47,7 +47,7 @@ class Recorder(TrainerCallback):
         self.splits, self.trainer, self.epochs = splits, None, []
 
     def on_epoch_end(self, args, state, control, **kwargs):
-        """Keep metrics as trained and with the temperature of this epoch's calibration split."""
+        """Record metrics as trained and with the temperature of this epoch's calibration split."""
         of_choice, calibration = self.trainer.measure(self.splits.calibration, "choice")
         scaling = fit_temperature_scaling(*calibration)
         _, (logits, labels) = self.trainer.measure(self.splits.test, "report")
@@ -88,7 +88,7 @@ def main() -> None:
 
 
 def run(setting: str, loss: str, seed: int, folder: Path, names: dict[str, str]) -> None:
-    """Train once and write what each epoch's checkpoint was worth."""
+    """Train once and write the metrics of each epoch's checkpoint."""
     file = folder / f"{setting}-{loss}-{seed}.json"
     if file.exists():
         return
@@ -118,13 +118,13 @@ def run(setting: str, loss: str, seed: int, folder: Path, names: dict[str, str])
 
 
 def chosen(epochs: list[dict], choice: str) -> dict:
-    """The epoch that a criterion keeps, by the calibration split; the first one of a tie."""
+    """Return the epoch that a criterion chooses on the calibration split; the first one of a tie."""
     pick = CHOICES[choice]
     return epochs[-1] if pick is None else pick(epochs, key=lambda epoch: epoch["calibration"][choice])
 
 
 def table(folder: Path, settings: list[str], losses: list[str], seeds: list[int]) -> str:
-    """Means over seeds on the test split; differences from the choice by NLL are paired by seed."""
+    """Render means over seeds on the test split; differences from the choice by NLL are paired by seed."""
     lines = [
         "| setting | loss | seeds | kept by | epoch | accuracy % | NLL, T folded | ECE %, T folded | "
         "ECE % as trained | accuracy - by NLL |",

@@ -56,13 +56,13 @@ def main() -> None:
 
 
 def posts(path: str, split: str) -> list[str]:
-    """Texts of at least 300 characters, without white space around them, each once."""
+    """Return texts of at least 300 characters, stripped and without duplicates."""
     texts = (text.strip() for text in load_dataset(path, split=split)["text"])
     return list(dict.fromkeys(text for text in texts if len(text) >= 300))
 
 
 def encoded(newsgroups: str, reuters: str, seed: int) -> dict[str, Dataset]:
-    """The first tokens of the texts of each role, all of one length, which are the labels too."""
+    """Tokenize the texts of each role to one fixed length; the tokens are the labels too."""
     generator = np.random.default_rng(seed)
     own = generator.permutation(np.array(posts(newsgroups, "train"), dtype=object)).tolist()
     sizes = ROWS["train"], ROWS["train"] + ROWS["calibration"]
@@ -78,7 +78,7 @@ def encoded(newsgroups: str, reuters: str, seed: int) -> dict[str, Dataset]:
 
 
 def run(loss: str, seed: int, folder: Path, newsgroups: str, reuters: str) -> None:
-    """Train once and write what the tokens' calibration is, and how well texts of other kinds are told apart."""
+    """Train once and write the calibration of the tokens, and how well texts of other kinds are detected."""
     file = folder / f"{loss}-{seed}.json"
     if file.exists():
         return
@@ -113,7 +113,7 @@ def run(loss: str, seed: int, folder: Path, newsgroups: str, reuters: str) -> No
 
 @torch.no_grad()
 def scores(model: LlamaForCausalLM, data: Dataset) -> dict[str, np.ndarray]:
-    """Of each text the mean confidence of its tokens, and their mean log-likelihood; higher is less unusual."""
+    """Compute for each text the mean confidence of its tokens and their mean log-likelihood."""
     model.eval()
     confidence, likelihood = [], []
     for ids in torch.tensor(data["input_ids"][:]).split(64):
@@ -124,7 +124,7 @@ def scores(model: LlamaForCausalLM, data: Dataset) -> dict[str, np.ndarray]:
 
 
 def table(folder: Path, losses: list[str], seeds: list[int]) -> str:
-    """Means over the seeds that every loss has, as trained and with T, and differences from cross-entropy by seed."""
+    """Render means over the seeds that every loss has, as trained and with T, and differences from cross-entropy."""
     files = {loss: [folder / f"{loss}-{seed}.json" for seed in seeds] for loss in losses}
     there = [index for index in range(len(seeds)) if all(paths[index].exists() for paths in files.values())]
     runs = {loss: [json.loads(paths[index].read_text()) for index in there] for loss, paths in files.items()}

@@ -1,4 +1,4 @@
-"""Calibration straight out of short fine-tunes: every setting, method and seed of the study, and its tables.
+"""Study of calibration after short fine-tunes: every setting, method and seed, and its tables.
 
 python scripts/study_short_runs.py run --reuters FOLDER     # all of it: some hours on two cores
 python scripts/study_short_runs.py run --settings digits_15 --methods cross_entropy paper --seeds 0
@@ -95,7 +95,7 @@ def main() -> None:
 
 
 def run(setting: str, method: str, seed: int, folder: Path, reuters: Path | None) -> None:
-    """One fine-tune; only its report and pictures stay."""
+    """Run one fine-tune and keep only its report and pictures."""
     output = folder / setting / f"{method}-{seed}"
     if (output / "report.json").exists():
         return
@@ -109,13 +109,13 @@ def run(setting: str, method: str, seed: int, folder: Path, reuters: Path | None
 
 
 def reports(folder: Path, method: str, seeds: list[int]) -> list[dict]:
-    """Of the seeds that are there."""
+    """Read the reports of the seeds that are finished."""
     paths = (folder / f"{method}-{seed}" / "report.json" for seed in seeds)
     return [json.loads(path.read_text()) for path in paths if path.exists()]
 
 
 def entry(report: dict) -> dict:
-    """What a table shows of a run: its test entry, with the detection of other inputs and the extra compute."""
+    """Return a run's test entry for the tables, with out-of-distribution detection and the extra compute."""
     test = report["test"]
     for scaling in ("raw", "temperature_scaled"):
         if "ood" in report:
@@ -125,7 +125,7 @@ def entry(report: dict) -> dict:
 
 
 def columns(tests: dict[str, list[dict]]) -> list[tuple]:
-    """Those of every comparison and the two of this study; extra compute is that of the default settings."""
+    """Return the columns of every comparison plus out-of-distribution AUROC and extra compute."""
     ood = (
         [("ood", "OOD AUROC %", 100, 1)]
         if all("ood" in test["raw"] for runs in tests.values() for test in runs)
@@ -136,7 +136,7 @@ def columns(tests: dict[str, list[dict]]) -> list[tuple]:
 
 
 def summary(folder: Path, settings: list[str], methods: list[str], seeds: list[int]) -> str:
-    """ECE and accuracy in percent, means over seeds: each method as trained, and cross-entropy with a fitted T."""
+    """Render mean ECE and accuracy over seeds in percent: each method as trained, cross-entropy with a fitted T."""
     columns = [
         ("cross_entropy", "temperature_scaled", "cross_entropy + T"),
         *((name, "raw", name) for name in methods),
@@ -153,7 +153,7 @@ def summary(folder: Path, settings: list[str], methods: list[str], seeds: list[i
 
 
 def differences(folder: Path, settings: list[str], methods: list[str], seeds: list[int]) -> str:
-    """Of each method as trained from cross-entropy, raw and with a fitted T: ECE and accuracy."""
+    """Render the differences of each method from cross-entropy, as trained and with a fitted T: ECE and accuracy."""
     lines = [
         "| setting | method | ECE - CE's | ECE - (CE + T)'s | accuracy - CE's |",
         "| --- | --- | --- | --- | --- |",
@@ -173,7 +173,7 @@ def differences(folder: Path, settings: list[str], methods: list[str], seeds: li
 
 
 def extra_compute(report: dict) -> float:
-    """Forward passes for the loss's sake by the training's compute; one is a third of a training step.
+    """Return the extra forward passes of a loss relative to the training's compute; one is a third of a training step.
 
     All runs evaluate the calibration split after each epoch; the paper's rule needs it, the others do it to report.
     """

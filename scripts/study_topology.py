@@ -29,7 +29,7 @@ SIZES = {"train": 48, "calibration": 16, "test": 32}
 
 
 def tensors(part: str, seed: int) -> torch.utils.data.TensorDataset:
-    """The volumes and labels of one part."""
+    """Return the volumes and labels of one split as tensors."""
     offset = 1 + list(SIZES).index(part)
     volumes = synthetic_volumes(SIZES[part], 24, seed=1000 * seed + offset)
     return torch.utils.data.TensorDataset(
@@ -38,7 +38,7 @@ def tensors(part: str, seed: int) -> torch.utils.data.TensorDataset:
 
 
 def measure(model: torch.nn.Module, data: dict, temperature: float = 1.0) -> dict[str, float]:
-    """Metrics of the test volumes at a temperature, and the ends of their intervals."""
+    """Compute metrics of the test volumes at a temperature, and the ends of their intervals."""
     images, labels = data["test"].tensors
     with torch.no_grad():
         logits = torch.cat([model(batch).logits for batch in images.split(8)]) / temperature
@@ -49,7 +49,7 @@ def measure(model: torch.nn.Module, data: dict, temperature: float = 1.0) -> dic
 
 
 def train(model, loss, data, steps: range, total: int, seed: int, epoch: int) -> None:
-    """Train from the first to the last of `steps`; gamma moves every `epoch` steps."""
+    """Train from the first to the last of `steps`; gamma is updated every `epoch` steps."""
     images, labels = data["train"].tensors
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
     for step in steps:
@@ -65,7 +65,7 @@ def train(model, loss, data, steps: range, total: int, seed: int, epoch: int) ->
 
 
 def run(seed: int, base: str, folder: Path, steps: int, weights=WEIGHTS) -> None:
-    """One seed and base: without the term, and with it at each weight from the middle on."""
+    """Run one seed and base loss: without the term, and with it at each weight from halfway on."""
     arms = [base, *(f"{base}+{weight}" for weight in weights if base != "cross_entropy")]
     files = {arm: folder / f"{arm}-{seed}.json" for arm in arms}
     if all(file.exists() for file in files.values()):
@@ -97,7 +97,7 @@ def run(seed: int, base: str, folder: Path, steps: int, weights=WEIGHTS) -> None
 
 
 def tables(folder: Path) -> str:
-    """Means over seeds that all arms have; differences over those of a pair, with 95 % intervals of Student's t."""
+    """Render means over seeds that all settings have, and paired differences with 95 % intervals of Student's t."""
     runs = {(row["arm"], row["seed"]): row for row in map(json.loads, map(Path.read_text, folder.glob("*.json")))}
     arms = [*BASES, *(f"{base}+{weight}" for base in ("focal", "adafocal") for weight in WEIGHTS)]
     seeds = sorted({seed for _, seed in runs if all((arm, seed) in runs for arm in arms)})

@@ -35,7 +35,7 @@ DEFAULTS = {
 
 
 def parse_arguments(arguments=None):
-    """The task, with its own arguments, and those of the loop."""
+    """Parse the arguments of the task and those of the loop."""
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__.splitlines()[0])
     parser.add_argument("--task", choices=TASKS, default="vision")
     parser.add_argument("--loss", choices=LOSSES, default="adafocal")
@@ -51,7 +51,7 @@ def parse_arguments(arguments=None):
 
 
 class SeededReads(Dataset):
-    """Reads each sample under a random state of its own: its augmentation is the same whoever reads it, whenever."""
+    """Data set wrapper that reads each sample under its own random seed, so that its augmentation is reproducible."""
 
     def __init__(self, dataset, seed):
         self.dataset, self.seed, self.epoch = dataset, seed, 0
@@ -81,7 +81,7 @@ def accumulate_gradient(accelerator, model, loss, batches):
 
 
 def optimizer_steps(loader, args, accelerator, ignore_index):
-    """Lists of micro-batches, a list for each optimizer step; samples that pad the last batch of all do not count."""
+    """Group micro-batches by optimizer step; samples that pad the last batch are ignored."""
     size = args.per_device_train_batch_size
     in_last_batch = len(loader.dataset) % (size * accelerator.num_processes)
     iterator = iter(loader)

@@ -48,7 +48,7 @@ def mask_splits(
     max_train_samples: int | None = None,
     seed: int = 0,
 ) -> Splits:
-    """Load images with label masks as disjoint splits; parts that the data set lacks are held out from train.
+    """Load images with label masks as disjoint splits; splits that the data set lacks are held out from train.
 
     Args:
         dataset: A Hub id or local folder with a split "train" and two image columns.
@@ -94,7 +94,7 @@ def mask_splits(
 
 
 def highest_class(train: Dataset) -> int:
-    """The highest class index in the masks of a split; every mask is read."""
+    """Return the highest class index in the masks of a split; every mask is read."""
     return max(int(values[values != UNLABELLED].max(initial=0)) for values in map(_mask, train["mask"]))
 
 

@@ -122,7 +122,7 @@ def load_splits(
 
 
 def without_shared_rows(splits: Splits, blank_tokens: Collection[int] = ()) -> Splits:
-    """Drop training rows that stand in the calibration or test split, and calibration rows that stand in test.
+    """Drop training rows that also occur in the calibration or test split, and calibration rows that occur in test.
 
     The test split stays as it is. Log lines count the dropped rows.
 

@@ -73,7 +73,7 @@ def drop_overlap(
     columns: Collection[str] | None = None,
     blank_tokens: Collection[int] = (),
 ) -> tuple[Any, SplitCheck]:
-    """Drop the training rows whose inputs stand in a held-out set, and log one line that counts them.
+    """Drop the training rows whose inputs also occur in a held-out set, and log one line that counts them.
 
     Rows that the sets named "calibration" and "test" share are an error, since neither can give way. Other held-out
     sets are not compared with each other.
@@ -126,7 +126,7 @@ def drop_overlap(
 def without_overlap(
     dataset: Any, *others: Any, columns: Collection[str] | None = None, blank_tokens: Collection[int] = ()
 ) -> Any:
-    """Return the rows of `dataset` whose inputs stand in none of `others`; `dataset` itself if that is all of them.
+    """Return the rows of `dataset` whose inputs occur in none of `others`; `dataset` itself if that is all of them.
 
     The same columns are compared as in `check_splits`: the model inputs that all sets have.
 

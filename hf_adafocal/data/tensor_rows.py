@@ -26,7 +26,7 @@ from hf_adafocal.data.images import to_rgb
 
 
 def stack_images(images: Iterable[PILImage.Image], size: int | None = None) -> Tensor:
-    """Decoded images as one tensor.
+    """Stack decoded images into one tensor.
 
     Args:
         images: PIL images of one size, at least one; converted to RGB.
@@ -109,16 +109,16 @@ class TensorRows(Dataset):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> dict[str, Tensor]:
-        """One row as it is stored, without augmentation, so that comparisons of rows see equal images as equal."""
+        """Return one row as it is stored, without augmentation, so that equal images compare equal."""
         return {self.name: self.inputs[index], "labels": self.labels[index]}
 
     def __getitems__(self, indices: Sequence[int]) -> dict[str, Tensor]:
-        """The batch of these rows, as the model takes it; what torch's `DataLoader` calls."""
+        """Return the batch of these rows, as the model takes it; torch's `DataLoader` calls this."""
         index = torch.as_tensor(indices)
         return {self.name: self.batch(index), "labels": self.labels[index]}
 
     def batch(self, index: Tensor) -> Tensor:
-        """Inputs of these rows."""
+        """Return the model inputs of these rows."""
         return self.inputs[index]
 
 
@@ -181,7 +181,7 @@ class ImageRows(TensorRows):
         self._mirrored = torch.rand(len(self), generator=generator) < 0.5
 
     def batch(self, index: Tensor) -> Tensor:
-        """Inputs of these rows: cropped, flipped, normalised; float32, shape `(n, C, H, W)`."""
+        """Return the model inputs of these rows: cropped, flipped, normalised; float32, shape `(n, C, H, W)`."""
         images = self.inputs[index]
         if self.crop_padding:
             images = crop(images, self._offsets[index], self.crop_padding)
@@ -191,5 +191,5 @@ class ImageRows(TensorRows):
 
 
 def whole_batch(batch: Any) -> Any:
-    """A data collator for `TensorRows`, whose batches come whole: it returns what it is given."""
+    """Return the batch unchanged: a data collator for `TensorRows`, which yields whole batches."""
     return batch

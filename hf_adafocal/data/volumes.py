@@ -25,7 +25,7 @@ class Volumes(NamedTuple):
 def synthetic_volumes(
     count: int, size: int = 24, seed: int = 0, *, noise: float = 0.3, faintest: float = 0.35
 ) -> Volumes:
-    """Generate volumes with tubes, tori and hollow balls that do not touch, each with its share of topology.
+    """Generate volumes with tubes, tori and hollow balls that do not touch, and the Betti numbers of their labels.
 
     Objects stand one per cube of 12 voxels, about two cubes in three holding one, so the Betti numbers of a volume
     are sums. The contrast fades across the volume in a random direction.
@@ -67,7 +67,7 @@ def synthetic_volumes(
 
 
 def _object(kind: str, random: np.random.Generator) -> np.ndarray:
-    """Mask of one object in a cube of side `CELL`, whose outer voxels stay empty."""
+    """Draw the mask of one object in a cube of side `CELL`, whose outer voxels stay empty."""
     centre = (CELL - 1) / 2 + random.uniform(-0.4, 0.4, 3)
     x, y, z = (np.arange(CELL).reshape(shape) - at for shape, at in zip(_AXES, centre, strict=True))
     if kind == "hollow ball":

@@ -1,4 +1,4 @@
-"""Push files to the Hugging Face Hub in one commit: requests are repeated, and errors are one line of advice.
+"""Push files to the Hugging Face Hub in one commit, with retries and one-line error messages.
 
 The token is the one of `hf auth login` or of HF_TOKEN; no function takes it, and none writes it.
 """
@@ -100,21 +100,21 @@ def push_files(
     api = HfApi(token=True)  # looks the token up for each request and keeps none
     with _in_one_line(repo_id):
         validate_repo_id(repo_id)
-        created = _patiently(
+        created = _with_retries(
             lambda: api.create_repo(
                 repo_id, repo_type=repo_type, private=private or None, exist_ok=True, space_sdk=space_sdk
             )
         )
         repo_id = created.repo_id
         target = {"repo_id": repo_id, "repo_type": repo_type, "revision": revision}
-        before = _patiently(lambda: _state_of(api, target))
+        before = _with_retries(lambda: _state_of(api, target))
         if private and not before.private:
             raise PushError(
                 f"{repo_id} is there already and public, but private=True. Make it private in its settings on the "
                 "Hub, or push to a repository of another name."
             )
         content = files(repo_id) if callable(files) else files
-        commit, removed = _patiently(lambda: _commit(api, target, content, message, replaces))
+        commit, removed = _with_retries(lambda: _commit(api, target, content, message, replaces))
     return PushResult(
         repo_id=repo_id,
         url=str(created) + (f"/tree/{revision}" if revision else ""),
@@ -144,8 +144,8 @@ def _commit(
 ) -> tuple[str, tuple[str, ...]]:
     """Commit the files; return the hash of the branch's commit after the push, and what was deleted.
 
-    An attempt begins with a look at the repository, because the commit of the last one may have come about although
-    its answer was lost. It is made of new operations, because the client notes in them what it found.
+    Each attempt reads the state of the repository again, because the last commit may have succeeded although its
+    answer was lost, and builds new operations, because the client modifies them.
     """
     there = {file.rfilename for file in _state_of(api, target).siblings}
     stale = tuple(sorted(path for path in there - set(files) if replaces(path)))
@@ -175,13 +175,13 @@ def checked_token() -> str:
     return token
 
 
-def _patiently(ask: Callable[[], _Answer]) -> _Answer:
-    """Call a request, and repeat it after a pause if it failed for a reason that may pass."""
+def _with_retries(ask: Callable[[], _Answer]) -> _Answer:
+    """Send a request, and retry it after a pause if the error is transient."""
     for attempt, wait in enumerate(_WAITS, start=1):
         try:
             return ask()
         except (_HTTPError, json.JSONDecodeError) as error:
-            wait = max(wait, _wished_wait(error))
+            wait = max(wait, _retry_after(error))
             if not _may_pass(error) or wait > _LONGEST_WAIT:
                 raise
             logger.warning(f"The Hub did not answer ({_what(error)}); attempt {attempt + 1} follows in {wait} s.")
@@ -201,8 +201,8 @@ def _may_pass(error: Exception) -> bool:
     return isinstance(error, passing) and not isinstance(error, _http.ConnectError)
 
 
-def _wished_wait(error: Exception) -> int:
-    """Read from an error how many seconds the Hub asks to wait; 0 if it does not say."""
+def _retry_after(error: Exception) -> int:
+    """Return how many seconds the Hub's response asks to wait before a retry; 0 if it does not say."""
     if not isinstance(error, HfHubHTTPError):
         return 0
     headers = error.response.headers
@@ -222,12 +222,12 @@ def _in_one_line(repo_id: str) -> Iterator[None]:
     except PushError:
         raise
     except (_HTTPError, OSError, ValueError, RuntimeError) as error:
-        message = " ".join(_advice(_below(error), repo_id).split())
+        message = " ".join(_advice(_unwrapped(error), repo_id).split())
         raise PushError(message.replace(get_token() or "\n", "[token]")) from error
 
 
-def _below(error: Exception) -> Exception:
-    """Return the Hub's error under the client's "Error while uploading"."""
+def _unwrapped(error: Exception) -> Exception:
+    """Return the HTTP error that the client wrapped in a `RuntimeError`; other errors as they are."""
     cause = error.__cause__
     wrapped = type(error) is RuntimeError and isinstance(cause, Exception)
     return cause if wrapped and isinstance(cause, (_HTTPError, OSError, ValueError)) else error
@@ -265,7 +265,7 @@ def _advice_on_status(error: HfHubHTTPError, status: int, repo_id: str) -> str:
     if status in (409, 412):
         return f"{repo_id} changed during the push ({said}). {_AGAIN}"
     if status == 429:
-        seconds = _wished_wait(error)
+        seconds = _retry_after(error)
         return f"The Hub asks to wait{f' {seconds} s' if seconds else ''} ({said}). Wait, then push. {_AGAIN}"
     if status in _TRANSIENT:
         return f"The Hub fails at the moment ({said}). Wait. {_AGAIN}"

@@ -1,4 +1,4 @@
-"""What the Hub says of the data set behind a report: its language, and the benchmark that it is."""
+"""Look up the Hub's metadata of the data set behind a report: its language and its tasks as a benchmark."""
 
 import datetime
 from pathlib import Path
@@ -18,7 +18,7 @@ _HTTPError = cast("type[Exception]", HfHubHTTPError.__bases__[0])  # of httpx
 
 
 class DataSetFacts(NamedTuple):
-    """What the repository of a data set says.
+    """Metadata of a data set's repository.
 
     Attributes:
         language: Languages of the data, as the Hub codes them; None if it does not say.
@@ -30,7 +30,7 @@ class DataSetFacts(NamedTuple):
 
 
 def look_up_data_set(report: Report | None, repo_id: str, task_id: str | None = None) -> DataSetFacts:
-    """Ask the Hub for the data set that a report was measured on.
+    """Fetch the Hub's metadata of the data set that a report was measured on.
 
     A data set is a benchmark if it has an `eval.yaml`, which names tasks, each with a split. Without `task_id` a
     result is entered only where it is known to be that of the benchmark: the only task of the measured split, and as
@@ -75,7 +75,7 @@ def look_up_data_set(report: Report | None, repo_id: str, task_id: str | None = 
 
 
 def _tasks(api: HfApi, hub_id: str, revision: str | None) -> list[dict[str, Any]]:
-    """The tasks of a benchmark; none if the data set is no benchmark."""
+    """Return the tasks of a benchmark; none if the data set is no benchmark."""
     try:
         path = api.hf_hub_download(hub_id, "eval.yaml", repo_type="dataset", revision=revision)
         content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
@@ -110,7 +110,7 @@ def _chosen_task(
 
 
 def _rows(card: dict[str, Any], split: str) -> int | None:
-    """Rows of a split, as the metadata of a data set with one configuration say."""
+    """Return the number of rows of a split, from the metadata of a data set with one configuration."""
     infos = card.get("dataset_info")
     infos = [infos] if isinstance(infos, dict) else infos
     if not isinstance(infos, list) or len(infos) != 1:
@@ -119,7 +119,7 @@ def _rows(card: dict[str, Any], split: str) -> int | None:
 
 
 def _is_older(changed: datetime.datetime | None, day: str | None) -> bool:
-    """Whether a data set has not changed since the day of a measurement, so that its revision is the measured one."""
+    """Whether a data set was last changed before a measurement, so that its current revision is the measured one."""
     return changed is not None and day is not None and changed.date() < datetime.date.fromisoformat(day)
 
 

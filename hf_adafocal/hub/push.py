@@ -151,7 +151,7 @@ def _contains(source: Path, secret: bytes) -> bool:
 
 
 def _checked_report(folder: Path, files: Mapping[str, Path]) -> Report | None:
-    """The report that the card shows; None if the card shows none.
+    """Return the report that the card shows; None if the card shows none.
 
     Raises:
         ValueError: If there is a report of other weights, or a card that shows one that is missing.
@@ -175,7 +175,7 @@ def _checked_report(folder: Path, files: Mapping[str, Path]) -> Report | None:
 
 
 def _card_of_repository(folder: Path, report: Report, repo_id: str, language: Any) -> bytes:
-    """The folder's card, renewed from its report for the repository it goes to."""
+    """Rewrite the folder's card from its report, for the repository it is pushed to."""
     with tempfile.TemporaryDirectory() as parent:
         copy = Path(parent) / folder.resolve().name
         copy.mkdir()
@@ -193,7 +193,7 @@ def _write_license(folder: Path, license: str) -> None:
 
 
 def _check_local_paths(folder: Path, files: Mapping[str, Path]) -> None:
-    """Refuse paths of this machine in the report, and warn of them in other small text files."""
+    """Reject local paths in the report, and warn of local paths in other small text files."""
     places = {f"{place}/".encode() for place in (Path.home(), Path.cwd(), folder.resolve()) if place != Path("/")}
     for path, source in files.items():
         if source.suffix not in (".json", ".md", ".jinja", ".yaml", ".yml") or source.stat().st_size > 1 << 20:

@@ -1,4 +1,4 @@
-"""Web page of a metric's Space: a table to type in, the value of the metric, and its card.
+"""Web page of a metric's Space: an input table, the value of the metric, and its card.
 
 `hub.spaces` copies this file into the Space as `app.py`, beside the metric's script, its card and `widget.json`.
 """
@@ -12,7 +12,7 @@ FOLDER = Path(__file__).resolve().parent
 
 
 def read_number(cell: Any, row: int, column: str) -> float:
-    """The number that was typed into a cell; a browser sends it as text, or as a number if the cell was not edited.
+    """Parse a table cell as a number; browsers send text for edited cells and numbers for the others.
 
     Raises:
         ValueError: If it is none, with the place of the cell.
@@ -25,7 +25,7 @@ def read_number(cell: Any, row: int, column: str) -> float:
 
 
 def read_table(cells: Sequence[Sequence[Any]], columns: Sequence[str]) -> tuple[list[float], list[float]]:
-    """Predictions and references of a table of two columns; rows without any entry are passed over.
+    """Read predictions and references from a table of two columns; empty rows are skipped.
 
     Raises:
         ValueError: If a cell holds no number, or the table is empty.
@@ -45,7 +45,7 @@ def read_table(cells: Sequence[Sequence[Any]], columns: Sequence[str]) -> tuple[
 
 
 def compute_with(metric: Any, columns: Sequence[str]) -> Callable[[Sequence[Sequence[Any]]], str]:
-    """The function behind the button: the metric of a table as text, or why there is none."""
+    """Build the callback of the button: it returns the metric of a table as text, or an error message."""
 
     def compute(cells: Sequence[Sequence[Any]]) -> str:
         try:
@@ -59,7 +59,7 @@ def compute_with(metric: Any, columns: Sequence[str]) -> Callable[[Sequence[Sequ
 
 
 def build() -> Any:
-    """The page, a `gradio.Blocks`."""
+    """Build the page, a `gradio.Blocks`."""
     import evaluate
     import gradio
 

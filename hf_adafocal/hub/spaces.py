@@ -47,7 +47,7 @@ def publish_metric(
     private: bool = False,
     message: str = "Publish a metric of hf-adafocal",
 ) -> PushResult:
-    """Publish a metric as the Space `<namespace>/<name>`; again to bring it up to date.
+    """Publish a metric as the Space `<namespace>/<name>`, or update it.
 
     The repository has the metric's name because `evaluate.load` takes the script of that name.
 
@@ -69,7 +69,7 @@ def publish_metric(
 
 
 def metric_space(name: str, repo_id: str, *, sdk: Sdk = "gradio") -> dict[str, str]:
-    """The files of a metric's Space, path and text.
+    """Return the files of a metric's Space, as text by path.
 
     They are the script `<name>.py` with the modules it needs, the metric's card, `requirements.txt`, and the page:
     `app.py` with its settings in `widget.json`, or `index.html` for "static".
@@ -87,7 +87,7 @@ def metric_space(name: str, repo_id: str, *, sdk: Sdk = "gradio") -> dict[str, s
     script = (folder / f"{name}.py").read_text(encoding="utf-8")
     modules = _needed_modules(script)
     vendored = {
-        f"{name}.py": _vendored(f"evaluate_modules/{name}/{name}.py", _announced(script, modules)),
+        f"{name}.py": _vendored(f"evaluate_modules/{name}/{name}.py", _with_direct_imports(script, modules)),
         **{f"{_flat(module)}.py": _vendored(_path(module), text) for module, text in modules.items()},
     }
     card = _card(folder / "README.md", repo_id, sdk)
@@ -115,7 +115,7 @@ def metric_space(name: str, repo_id: str, *, sdk: Sdk = "gradio") -> dict[str, s
 
 
 class _Import(NamedTuple):
-    """A statement that imports of this package, wherever it stands; `modules` by their names within the package."""
+    """An import statement that imports from this package; `modules` by their names within the package."""
 
     node: ast.Import | ast.ImportFrom
     modules: list[str]
@@ -123,7 +123,7 @@ class _Import(NamedTuple):
 
 
 def _imports(text: str) -> Iterator[_Import]:
-    """Every import of this package in a file.
+    """Find every import from this package in a file, also inside functions.
 
     Raises:
         ValueError: If one names no module, but a package or a name that a package lends.
@@ -170,7 +170,7 @@ def _flat(module: str) -> str:
 
 
 def _needed_modules(script: str) -> dict[str, str]:
-    """Modules of this package that a script imports and those that they import, by name, each with its text."""
+    """Return the modules of this package that a script imports, directly or indirectly, each with its text."""
     modules: dict[str, str] = {}
     waiting = [script]
     while waiting:
@@ -182,8 +182,8 @@ def _needed_modules(script: str) -> dict[str, str]:
     return dict(sorted(modules.items()))
 
 
-def _announced(script: str, modules: dict[str, str]) -> str:
-    """The script, importing from every module: `evaluate` fetches what a script imports, not what that imports.
+def _with_direct_imports(script: str, modules: dict[str, str]) -> str:
+    """Add imports of all needed modules to the script, since `evaluate` downloads only those it imports directly.
 
     No comment may follow on such a line: `evaluate` would take it for the address of the module.
     """
@@ -195,7 +195,7 @@ def _announced(script: str, modules: dict[str, str]) -> str:
 
 
 def _vendored(path: str, text: str) -> str:
-    """A file of this package with relative imports, and a line that says where it is from.
+    """Copy a file of this package with relative imports and a comment that names its origin.
 
     Raises:
         ValueError: If an import shares its line with another statement.
@@ -212,7 +212,7 @@ def _vendored(path: str, text: str) -> str:
 
 
 def _third_party(*texts: str) -> set[str]:
-    """Packages that these files import, of neither Python nor ours."""
+    """Return the packages that these files import, apart from Python's own and this one."""
     nodes = [node for text in texts for node in ast.walk(ast.parse(text))]
     names = [alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names]
     names += [node.module or "" for node in nodes if isinstance(node, ast.ImportFrom) and node.level == 0]
@@ -223,7 +223,7 @@ def _third_party(*texts: str) -> set[str]:
 
 
 class _Card(NamedTuple):
-    """README.md of a Space, and what its page shows of it."""
+    """README.md of a Space, and the parts of it that the page shows."""
 
     text: str
     title: str
@@ -232,7 +232,7 @@ class _Card(NamedTuple):
 
 
 def _card(path: Path, repo_id: str, sdk: Sdk) -> _Card:
-    """The metric's card with the front matter of this Space, loading the metric and its kin from its namespace."""
+    """Write the metric's card with the Space's front matter and its namespace in all examples."""
     _, front_matter, text = path.read_text(encoding="utf-8").split("---\n", maxsplit=2)
     data = yaml.safe_load(front_matter) | {"sdk": sdk, "license": "apache-2.0", "app_file": "index.html"}
     data.pop("sdk_version", None)
@@ -248,7 +248,7 @@ def _card(path: Path, repo_id: str, sdk: Sdk) -> _Card:
 
 
 def _page(card: _Card, repo_id: str) -> str:
-    """A page without scripts: what the metric is, how it is loaded, and where its card is."""
+    """Build a static page without scripts: description of the metric, how to load it, link to its card."""
     title, description, usage = map(html.escape, (card.title, card.description, card.usage))
     address = html.escape(f"https://huggingface.co/spaces/{repo_id}/blob/main/README.md")
     return f"""<!doctype html>

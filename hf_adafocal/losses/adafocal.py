@@ -1,4 +1,4 @@
-"""Losses whose gamma is a table that follows the calibration gap on held-out data."""
+"""Adaptive focal losses: gamma is a table over bins, updated from the calibration gap on held-out data."""
 
 import math
 import warnings
@@ -12,7 +12,7 @@ from hf_adafocal.losses.base import AdaptiveLoss, FocalFamilyLoss, finite, table
 
 
 class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
-    """AdaFocal: focal loss with a gamma per bin of the label's probability, moved by the calibration gap of the bin.
+    """AdaFocal: focal loss with a gamma per bin of the label's probability, updated from the bin's calibration gap.
 
     The table starts with bins of one width and one gamma; `update` moves it after each evaluation of held-out data.
 
@@ -91,7 +91,7 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
         return gamma_table.lookup(p, self.edges, self.gammas)
 
     def update(self, edges: Any, gap: Any) -> None:
-        """Move the table by the calibration of held-out data, as the paper does once an epoch.
+        """Update the table from the calibration of held-out data, as the paper does once an epoch.
 
         Args:
             edges: Equal-mass edges of the held-out confidences, shape `(num_bins + 1,)`; they become the table's.
@@ -103,7 +103,7 @@ class AdaFocalLoss(AdaptiveLoss, FocalFamilyLoss):
         self.set_table(edges, self._moved(self.gammas, gap))
 
     def update_from(self, statistics: Any) -> None:
-        """Move the table by the statistics of held-out data: `update` with what it needs of them.
+        """Update the table from the statistics of held-out data, by `update`.
 
         Args:
             statistics: Has `edges` and `gap`, as `BinStats`.
@@ -228,7 +228,7 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
         return functional.focal_loss(logits, labels, of_class, **options)
 
     def update(self, edges: Any, gap: Any, class_gap: Any = None, class_counts: Any = None) -> None:
-        """Move all tables by the calibration of held-out data.
+        """Update all tables from the calibration of held-out data.
 
         Args:
             edges: As in `AdaFocalLoss.update`.
@@ -255,7 +255,7 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
         self.set_table(edges, self._moved(self.gammas, gap), self._moved(own, class_gap), class_counts)
 
     def update_from(self, statistics: Any) -> None:
-        """Move all tables by the statistics of held-out data: `update` with what it needs of them.
+        """Update all tables from the statistics of held-out data, by `update`.
 
         Args:
             statistics: Has `edges` and `gap`, and `class_gap` and `class_counts` if class tables are to move.

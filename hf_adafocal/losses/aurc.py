@@ -94,7 +94,7 @@ def regularised_aurc(
 
 
 def _soft_rank(values: Tensor, counted: Tensor) -> Tensor:
-    """Projection of the counted values on the permutahedron of their ranks, 1 for the lowest; others are arbitrary.
+    """Project the counted values on the permutahedron of their ranks, 1 for the lowest; others are arbitrary.
 
     With values sorted downwards it is `values - v`, v the decreasing sequence nearest to `values - (n, ..., 1)`.
     Level runs of v are found by its min-max form without a loop; on a run v is a mean, which carries the gradient.
@@ -177,7 +177,7 @@ def _histogram(scores: Tensor, counted: Tensor, num_bins: int) -> Tensor:
 
 
 def _quantile(scores: Tensor, quantile: float, batch: BatchSamples) -> Tensor:
-    """Of the counted scores, linear in between, as `torch.quantile`."""
+    """Compute a quantile of the counted scores with linear interpolation, as `torch.quantile`."""
     ranked = scores.where(batch.counted > 0, 2.0).sort().values  # above every score
     position = quantile * (batch.divisor - 1)
     below = position.floor()
@@ -201,5 +201,5 @@ def _scores(batch: BatchSamples, score: str) -> Tensor:
 
 
 def _inverse(order: Tensor) -> Tensor:
-    """The permutation that undoes `order`."""
+    """Invert a permutation."""
     return order.argsort()

@@ -13,7 +13,7 @@ from hf_adafocal.losses.layout import of_model
 
 
 class ClassificationLoss(nn.Module):
-    """Interface of all losses: logits and labels in, a loss out.
+    """Interface of all losses: a module that computes a loss from logits and labels.
 
     Call it with logits and labels (`functional.focal_loss` gives shapes and errors), or hand it to a stock `Trainer`
     as `compute_loss_func`: it then takes the model's outputs, and `num_items_in_batch` so that accumulated
@@ -50,11 +50,11 @@ class ClassificationLoss(nn.Module):
 
     @property
     def adaptive(self) -> "AdaptiveLoss | None":
-        """The loss whose settings follow held-out data: this one, a combined loss's base, or None if neither does."""
+        """The loss that is updated from held-out data: this one, a combined loss's base, or None."""
         return None
 
     def count(self, labels: Tensor) -> Tensor:
-        """Number of labels that count, or the sum of their class weights: what a mean divides by.
+        """Count the labels that are not ignored, or sum their class weights: the divisor of a mean.
 
         Args:
             labels: Class indices or `ignore_index`, any shape.
@@ -110,13 +110,13 @@ class PerSampleLoss(ClassificationLoss):
         return loss.formula(logits, labels, reduction="sum", **options) / num_items_in_batch
 
     def _on(self, device: torch.device) -> Self:
-        """This loss with its buffers on a device; nothing can be moved back from "meta", so there it is a copy."""
+        """Return this loss with its buffers on a device; a copy for "meta", as nothing can be moved back from it."""
         if all(buffer.device == device for buffer in self.buffers()):
             return self
         return (copy.deepcopy(self) if device.type == "meta" else self).to(device)
 
     def count(self, labels: Tensor) -> Tensor:
-        """Number of labels that count, or the sum of their class weights, as `ClassificationLoss.count`."""
+        """Count the labels that are not ignored, or sum their class weights, as `ClassificationLoss.count`."""
         if self.weight is None:
             return super().count(labels)
         counted = labels != self.ignore_index
@@ -148,7 +148,7 @@ class FocalFamilyLoss(PerSampleLoss):
 
 
 class AdaptiveLoss(ClassificationLoss):
-    """Base class for losses whose settings follow held-out data.
+    """Base class for losses whose settings are updated from held-out data during training.
 
     Attributes:
         follows: What moves the settings: "bins" (`update_from` with the statistics of equal-mass bins of the
@@ -177,7 +177,7 @@ class AdaptiveLoss(ClassificationLoss):
         raise NotImplementedError
 
     def table(self) -> dict[str, Any]:
-        """Return the whole state as JSON can hold it, by the names of `set_table`'s arguments."""
+        """Return the whole state as values that JSON can hold, by the names of `set_table`'s arguments."""
         raise NotImplementedError
 
     def set_table(self, *args: Any, **table: Any) -> None:
@@ -193,7 +193,7 @@ class AdaptiveLoss(ClassificationLoss):
         raise NotImplementedError
 
     def update_from(self, statistics: Any) -> None:
-        """Move the settings by the statistics of held-out data; losses that follow bins define it.
+        """Update the settings from the statistics of held-out data; losses that follow bins define it.
 
         Args:
             statistics: Has `edges` and `gap`, as `metrics.binning.BinStats`.
@@ -204,7 +204,7 @@ class AdaptiveLoss(ClassificationLoss):
         raise TypeError(f"{type(self).__name__} follows the {self.follows}: it has no `update_from`.")
 
     def steer(self, change: float) -> None:
-        """Add to the setting, within its range; losses that follow the temperature define it.
+        """Add `change` to the setting and clip it to its range; losses that follow the temperature define it.
 
         Args:
             change: In the unit of the setting.
@@ -239,7 +239,7 @@ def _class_weights(weight: Tensor | Sequence[float]) -> Tensor:
 
 
 def table_numbers(name: str, values: Any, shape: tuple[int, ...] | None, like: Tensor) -> Tensor:
-    """Convert an entry of an adaptive loss's table to a tensor, checked.
+    """Convert an entry of an adaptive loss's table to a tensor, after checking values and shape.
 
     Args:
         name: Name of the entry, for the error.

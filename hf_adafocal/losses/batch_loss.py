@@ -1,4 +1,4 @@
-"""A per-sample loss plus a weighted term of the whole batch, as one module."""
+"""Per-sample loss plus a weighted auxiliary term that is computed over the whole batch."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -13,7 +13,7 @@ from hf_adafocal.losses.layout import of_model
 
 
 class Term(NamedTuple):
-    """A term of the whole batch and how its authors use it.
+    """An auxiliary term computed over the whole batch, with its authors' weight and settings.
 
     Attributes:
         function: From logits and labels to one number.
@@ -141,11 +141,11 @@ class CombinedLoss(ClassificationLoss):
 
     @property
     def adaptive(self) -> AdaptiveLoss | None:
-        """The base if its settings follow held-out data, else None."""
+        """The base if it is updated from held-out data, else None."""
         return self.base.adaptive
 
     def count(self, labels: Tensor) -> Tensor:
-        """Number of labels that count, or the sum of the base's class weights over them."""
+        """Count the labels that are not ignored, or sum the base's class weights over them."""
         return self.base.count(labels)
 
     def forward(self, logits: Tensor | Any, labels: Tensor, num_items_in_batch: Tensor | int | None = None) -> Tensor:

@@ -1,4 +1,4 @@
-"""The samples of a batch in one row each, for losses that compare them with each other."""
+"""Flatten a batch to one row per sample, for losses that compare the samples of a batch with each other."""
 
 import math
 from typing import NamedTuple
@@ -11,7 +11,7 @@ MOST_PAIRED = 4096  # samples that are compared in pairs: some 0.4 GB
 
 
 class BatchSamples(NamedTuple):
-    """The samples of a batch, one row each; ignored ones stay, with weight 0, so that no shape depends on data."""
+    """A batch with one row per sample; ignored samples stay, with weight 0, so that no shape depends on the data."""
 
     log_p: Tensor  # (N, C)
     ce: Tensor  # (N,), 0 where ignored
@@ -31,7 +31,7 @@ class BatchSamples(NamedTuple):
         return seen.any(dim=0).sum().clamp_min(1).to(self.log_p.dtype)
 
     def top(self) -> tuple[Tensor, Tensor]:
-        """Return the confidence, and 1 where it is right else 0; both of shape `(N,)`."""
+        """Return the confidence of the predicted class and whether it is the label (1 or 0), both of shape `(N,)`."""
         confidence, predicted = self.p.max(dim=1)
         return confidence, (predicted == self.labels).to(confidence.dtype)
 
@@ -41,7 +41,7 @@ class BatchSamples(NamedTuple):
 
 
 def batch_samples(logits: Tensor, labels: Tensor, ignore_index: int) -> BatchSamples:
-    """Flatten and check logits and labels.
+    """Check logits and labels and flatten them to one row per sample.
 
     Raises:
         ValueError: As `functional.focal_loss`.
@@ -56,7 +56,7 @@ def batch_samples(logits: Tensor, labels: Tensor, ignore_index: int) -> BatchSam
 
 
 def refuse_pairs(term: str, labels: Tensor) -> None:
-    """Check that there are few enough samples to compare all pairs of them.
+    """Reject batches with too many samples to compare all pairs of them.
 
     Raises:
         ValueError: If there are more than `MOST_PAIRED`.

@@ -1,4 +1,4 @@
-"""Calibration errors of a batch that one can train on: MMCE, DCA, MDCA, soft-binned ECE, DECE.
+"""Differentiable calibration errors of a batch: MMCE, DCA, MDCA, soft-binned ECE, DECE.
 
 Each is a function of logits and labels that returns one number, meant to be added to a per-sample loss:
 `batch_loss.CombinedLoss` does that. All of them take logits `(N, C)` or `(N, C, d1, ...)`, labels `(N,)` or
@@ -63,7 +63,7 @@ def mmce(logits: Tensor, labels: Tensor, *, reference_code: bool = False, ignore
 
 
 def mmce_weighted(logits: Tensor, labels: Tensor, *, reference_code: bool = False, ignore_index: int = -100) -> Tensor:
-    """MMCE_w: MMCE in which the `m` right and the `n` wrong samples weigh the same in total.
+    """MMCE_w: MMCE in which the `m` correct and the `n` wrong samples have the same total weight.
 
     `sqrt(S_cc / m^2 + S_ii / n^2 - 2 S_ci / (m n))` with `S_cc` the sum over pairs of right samples of
     `(1 - c_i) (1 - c_j) k`, `S_ii` over pairs of wrong ones of `c_i c_j k` and `S_ci` over mixed pairs of
@@ -137,7 +137,7 @@ def mdca(logits: Tensor, labels: Tensor, *, ignore_index: int = -100) -> Tensor:
 def soft_binned_ece(
     logits: Tensor, labels: Tensor, *, num_bins: int = 15, temperature: float = 0.01, ignore_index: int = -100
 ) -> Tensor:
-    """SB-ECE, ECE in the L2 norm whose bins share each sample: `sqrt(sum_j w_j (conf_j - acc_j)^2)`.
+    """SB-ECE, ECE in the L2 norm with soft bin membership: `sqrt(sum_j w_j (conf_j - acc_j)^2)`.
 
     A sample belongs to the bin around `xi_j = (2 j - 1) / (2 M)` by `softmax_j(-(c - xi_j)^2 / temperature)`.
 
@@ -205,7 +205,7 @@ def differentiable_ece(
     bin_temperature: float = 0.01,
     ignore_index: int = -100,
 ) -> Tensor:
-    """DECE: ECE in the L1 norm with soft bins and an accuracy that carries a gradient.
+    """DECE: ECE in the L1 norm with soft bins and a differentiable accuracy.
 
     Bins are `softmax_j((j c - sum_{i<=j} (i - 1) / M) / bin_temperature)`. The accuracy of a sample is
     `max(0, 2 - rank)` of its label, with `rank = 1/2 + sum_k sigmoid(accuracy_slope (p_k - p_y))`.

@@ -49,7 +49,7 @@ def balanced_class_weights(labels: Any, num_classes: int, ignore_index: int = -1
 
 
 def _parts(labels: Any) -> Iterable[Any]:
-    """The labels as one part, or part by part where they have no common shape or no length."""
+    """Split the labels into arrays: one if they have a common shape and a length, else one per row."""
     if isinstance(labels, Tensor) or hasattr(labels, "__array__"):
         return [labels]
     parts = list(labels)

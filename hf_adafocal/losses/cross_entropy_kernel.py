@@ -2,7 +2,7 @@
 
 `F.cross_entropy` writes three matrices of the logits' shape: log p, a gradient of it that is zero but for the labels,
 and the gradient of the logits. That gradient is `p - onehot`, so keeping p makes it two. Time follows where the
-matrices outgrow the caches and have so many columns that what is done once a sample costs little.
+matrices outgrow the caches and have so many columns that what is done once per sample costs little.
 """
 
 from collections.abc import Callable
@@ -50,7 +50,7 @@ def nll(log_p: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def nll_forward(log_p: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """Compute `nll` of a matrix `(N, C)` outside autograd, with what `aten::nll_loss_backward` wants besides."""
+    """Compute `nll` of a matrix `(N, C)` outside autograd, and the total weight `aten::nll_loss_backward` needs."""
     return _checked(_nll_loss_forward, log_p, labels, ignore_index)
 
 
@@ -66,7 +66,7 @@ def _checked(kernel: Callable, scores: Tensor, labels: Tensor, ignore_index: int
 
 
 def gains_by_p(logits: Tensor) -> bool:
-    """Whether keeping p pays for these logits."""
+    """Whether keeping the probabilities for the backward pass is faster for these logits."""
     return (
         not torch.compiler.is_compiling()  # first: the rest would break or specialise the graph
         and logits.numel() >= LEAST_LOGITS
@@ -77,12 +77,12 @@ def gains_by_p(logits: Tensor) -> bool:
 
 
 def is_plain(logits: Tensor) -> bool:
-    """Whether a backward pass is to come, by autograd alone, so that an `autograd.Function` may do it."""
+    """Whether gradients will be computed, and by ordinary autograd alone, so that an `autograd.Function` works."""
     return (
         logits.requires_grad
         and torch.is_grad_enabled()
         and type(logits) is Tensor  # others, such as DTensor, have their own rules for PyTorch's operations
-        and not torch._C._are_functorch_transforms_active()  # as asked by autograd.Function; nothing public tells
+        and not torch._C._are_functorch_transforms_active()  # autograd.Function asks so; no public function does
         and forward_ad.unpack_dual(logits).tangent is None
     )
 
@@ -92,7 +92,7 @@ def _by_p(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 class _CrossEntropyByP(torch.autograd.Function):
-    """Cross-entropy `-log p[label]` that keeps p. As p is an output too, the backward pass can be differentiated."""
+    """Cross-entropy that saves p for its backward pass, and returns p so that this can be differentiated."""
 
     @staticmethod
     def forward(ctx, logits, labels, ignore_index):

@@ -1,4 +1,4 @@
-"""The modulating factor of the focal losses, and its gradient in few operators.
+"""The modulating factor of the focal losses, and its gradient in closed form.
 
 Autograd's own pass through the factor launches some twenty small kernels. On a GPU each of them costs more than its
 arithmetic, so for logits `(N, C)` in eager mode the slope of the loss is written out. What is compiled, transformed by
@@ -85,7 +85,7 @@ def reweight(ce: Tensor, minus_q: Tensor, gamma: Gamma) -> Tensor:
 
 
 def resolved(gamma: Gamma, p: Tensor, ce: Tensor) -> Tensor | float:
-    """Call a gamma that is a function of p, and check a tensor against the shape of `ce`."""
+    """Evaluate gamma if it is a function of p, and check that a tensor broadcasts to the shape of `ce`."""
     found: Tensor | float = gamma(p) if callable(gamma) else gamma
     if not isinstance(found, Tensor):
         return found
@@ -97,12 +97,12 @@ def resolved(gamma: Gamma, p: Tensor, ce: Tensor) -> Tensor | float:
 
 
 def _minus_one_minus_p(ce: Tensor) -> Tensor:
-    """`p - 1` without cancellation and never 0, where a power below 1 has no finite slope."""
+    """Compute `p - 1` without cancellation and never 0, where a power below 1 has no finite slope."""
     return torch.expm1(-torch.finfo(ce.dtype).tiny - ce)
 
 
 def _has_written_slope(logits: Tensor, gamma: Gamma) -> bool:
-    """Whether the slope is written out: not for gamma 0, which is cross-entropy."""
+    """Whether `_FocalLoss` applies, with its closed-form gradient; gamma 0 is cross-entropy and does without it."""
     return (
         not torch.compiler.is_compiling()  # first: the rest would break or specialise the graph
         and logits.ndim == 2
@@ -113,7 +113,7 @@ def _has_written_slope(logits: Tensor, gamma: Gamma) -> bool:
 
 
 class _FocalLoss(torch.autograd.Function):
-    """Focal loss whose first gradient is written out; further ones go through autograd."""
+    """Focal loss with its first gradient in closed form; higher ones go through autograd."""
 
     @staticmethod
     def forward(ctx, logits, labels, gamma, ignore_index, summed, log_p, total_weight, ce, minus_q, p):

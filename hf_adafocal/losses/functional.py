@@ -230,7 +230,7 @@ def confidence_penalty_loss(
     ignore_index: int = -100,
     reduction: str = "mean",
 ) -> Tensor:
-    r"""Cross-entropy minus `penalty` times the entropy of the prediction, so certainty costs.
+    r"""Cross-entropy minus `penalty` times the entropy of the prediction, which penalises confident predictions.
 
     Args:
         logits: As in `focal_loss`.
@@ -297,12 +297,12 @@ def _wide(logits: Tensor) -> Tensor:
 
 
 def _indices(labels: Tensor, ignore_index: int) -> Tensor:
-    """Labels with a class dimension, and class 0 where ignored."""
+    """Return labels with a class dimension for `gather`, class 0 where ignored."""
     return labels.where(labels != ignore_index, 0).unsqueeze(1)
 
 
 def _lead_over_the_next(logits: Tensor, indices: Tensor) -> Tensor:
-    """How far the label's logit lies above the largest one below it; infinite if there is none."""
+    """Return how far the label's logit lies above the largest one below it; infinite if there is none."""
     scores = logits.detach()  # the search needs no gradient, only the two that it finds
     below = scores.where(scores < scores.gather(1, indices), -torch.inf).argmax(1, keepdim=True)
     lead = (logits.gather(1, indices) - logits.gather(1, below)).squeeze(1)

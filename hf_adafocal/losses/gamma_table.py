@@ -1,4 +1,4 @@
-"""Tables that map the probability of the label to gamma, and the paper's rule that moves them."""
+"""Tables that map the probability of the label to gamma, and the paper's update rule."""
 
 import torch
 from torch import Tensor
@@ -55,7 +55,7 @@ def pool(own: Tensor, shared: Tensor, counts: Tensor, prior: float = 150.0) -> T
         own: Gammas of each class, shape `(C, num_bins)`.
         shared: Gammas of all samples together, shape `(num_bins,)`.
         counts: Held-out samples n of each class, shape `(C,)`.
-        prior: Samples that the shared gammas are worth, above 0.
+        prior: Weight of the shared gammas in samples, above 0.
 
     Returns:
         Gammas of each class, shape `(C, num_bins)`.
@@ -76,7 +76,7 @@ def update(
     gamma_min: float = -2.0,
     gamma_max: float = 20.0,
 ) -> Tensor:
-    """Move gammas by AdaFocal's rule: up in over-confident bins, down and then to inverse focal loss in the others.
+    """Update gammas by AdaFocal's rule: up in over-confident bins, down and then to inverse focal loss in the others.
 
     `gamma exp(sign(gamma) lambda gap)`; a result within `switch` of 0 jumps to the other side of it, from focal
     (`+switch`) to inverse focal (`-switch`) loss and back; then it is clipped.

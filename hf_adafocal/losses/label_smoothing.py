@@ -1,4 +1,4 @@
-"""Label smoothing with a fixed eps, and with one that follows the temperature that fits held-out data."""
+"""Label smoothing with a fixed eps, and with an eps adapted to the temperature that fits held-out data."""
 
 import torch
 from torch import Tensor
@@ -62,7 +62,7 @@ class LabelSmoothingLoss(PerSampleLoss):
 
 
 class AdaptiveLabelSmoothingLoss(AdaptiveLoss, LabelSmoothingLoss):
-    """Ours, not a paper's: label smoothing whose eps follows the temperature that fits held-out data.
+    """Ours, not a paper's: label smoothing with an eps adapted to the temperature that fits held-out data.
 
     Args:
         smoothing: eps before the first update, in [-0.1, 0.5].
@@ -92,7 +92,7 @@ class AdaptiveLabelSmoothingLoss(AdaptiveLoss, LabelSmoothingLoss):
         self.set_smoothing(self.initial)
 
     def steer(self, change: float) -> None:
-        """Add to eps, within its range.
+        """Add to eps and clip it to its range.
 
         Args:
             change: What to add.

@@ -46,7 +46,7 @@ def resized(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def of_model(logits: object, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Logits and labels for a loss, from a tensor as PyTorch's losses take it or from a model's output.
+    """Return logits and labels as losses take them, from a tensor or from a model's output.
 
     Args:
         logits: Shape `(N, C, d1, ...)`, the classes second whatever the number of dimensions; or a model output with

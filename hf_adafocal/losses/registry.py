@@ -1,4 +1,4 @@
-"""Every loss by the name users type, and a loss from settings that JSON can hold."""
+"""Registry of the losses by name, and construction of a loss from JSON settings."""
 
 from collections.abc import Callable
 from functools import partial
@@ -68,7 +68,7 @@ def build_loss(name: str, base: dict[str, Any] | None = None, **settings: Any) -
 
 
 def name_of(loss: nn.Module) -> str:
-    """The name in `LOSSES` of a loss, or that of its class if it is none of ours.
+    """Return the name of a loss in `LOSSES`, or its class's name if it is not in it.
 
     >>> name_of(build_loss("dca")), name_of(nn.NLLLoss())
     ('dca', 'NLLLoss')
@@ -79,5 +79,5 @@ def name_of(loss: nn.Module) -> str:
 
 
 def name_of_class(kind: type[nn.Module]) -> str:
-    """The name in `LOSSES` of a class of per-sample losses, or its own if it is none of ours."""
+    """Return the name in `LOSSES` of a class of per-sample losses, or its own name if it is not in it."""
     return next((name for name, ours in PER_SAMPLE_LOSSES.items() if ours is kind), kind.__name__)

@@ -1,4 +1,4 @@
-"""Topological term of dense prediction: Wasserstein distance of the persistence diagrams of prediction and label."""
+"""Topological loss of dense prediction: Wasserstein distance of the persistence diagrams of prediction and label."""
 
 from typing import Any, NamedTuple
 
@@ -79,7 +79,7 @@ def topological_distance(
 
 
 class _Matched(NamedTuple):
-    """Points of a diagram in one dimension and what the optimal matching does with them.
+    """Points of a persistence diagram in one dimension and their optimal matching to the label's diagram.
 
     Attributes:
         births: Flat indices into the filtration of the whole batch.
@@ -117,7 +117,7 @@ def _matched(
 
 
 def persistence_pairs(complex_of: Any, volume: np.ndarray, construction: str) -> tuple[list[np.ndarray], np.ndarray]:
-    """Cells of a sublevel filtration at which topological features are born and die.
+    """Return the cells of a sublevel filtration at which topological features are born and die.
 
     Args:
         complex_of: `gudhi.CubicalComplex`.

@@ -123,7 +123,7 @@ def add_class_gaps(
 
 
 def mean_class_error(sums: np.ndarray, size: int) -> float:
-    """Compute classwise ECE from the sums of probability minus outcome, shape `(C, num_bins)`, of `size` samples."""
+    """Compute classwise ECE from the sums of probability minus outcome, shape `(C, num_bins)`, over `size` samples."""
     return float(np.abs(sums).sum() / (size * len(sums)))
 
 
@@ -160,7 +160,7 @@ def _equal_mass_sums(probabilities: np.ndarray, labels: np.ndarray, num_bins: in
 
 
 def _columns(probabilities: np.ndarray) -> Iterator[np.ndarray]:
-    """Iterate over the columns, each contiguous, in float32 or float64; the next ones take its memory."""
+    """Iterate over the columns, each contiguous, in float32 or float64; the buffer is reused for the next ones."""
     size, classes = probabilities.shape
     dtype = np.float64 if probabilities.dtype.itemsize > 4 else np.float32
     block = np.empty((min(_COLUMNS_COPIED, classes), size), dtype)

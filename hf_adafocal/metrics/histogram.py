@@ -131,7 +131,7 @@ class CalibrationHistogram:
         return int(self._count.sum())
 
     def accuracy(self) -> float:
-        """Compute the share of correct samples.
+        """Return the fraction of correct samples.
 
         Raises:
             ValueError: If nothing has been counted.

@@ -219,7 +219,7 @@ def _normal_below(value: float, second_moment: float, size: int, occupied: int, 
 def _signed_bounds(
     gaps: np.ndarray, positive: np.ndarray, negative: np.ndarray, occupied: int, size: int, weight: int, tail: float
 ) -> tuple[float, float]:
-    """Bounds of the largest signed sum of the true gaps, each passed with a probability of at most `tail`.
+    """Bounds of the largest signed sum of the true gaps, each violated with a probability of at most `tail`.
 
     Args:
         gaps: Sum of confidence minus outcome of each bin, shape `(B,)`.

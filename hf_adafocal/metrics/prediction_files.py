@@ -1,4 +1,4 @@
-"""Read predictions from tables and arrays in files: confidence and correctness per sample."""
+"""Read predictions from files (tables and arrays) as confidence and correctness per sample."""
 
 import gzip
 import io
@@ -88,7 +88,7 @@ def read_predictions(
 
 
 class _Located(ValueError):
-    """An error that names file and column already."""
+    """Error whose message already names the file and the column."""
 
 
 def _one_line(error: BaseException) -> str:
@@ -97,7 +97,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def _open(path: Path) -> Mapping[str, Column]:
-    """Columns of a file by name, each read when it is called."""
+    """Return the columns of a file by name, as functions that read them."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     packed = suffixes[-1:] == [".gz"]
     kind = (suffixes[:-1] if packed else suffixes)[-1:]
@@ -178,7 +178,7 @@ def _distinct(names: Sequence[str]) -> Sequence[str]:
 def _choose(
     path: Path, names: list[str], pair: Sequence[str] | None, probabilities: Sequence[str] | None
 ) -> tuple[Sequence[str], bool]:
-    """Names of the columns to read, and whether they are a confidence and an outcome."""
+    """Choose the columns to read, and tell whether they are a confidence and an outcome."""
     named = pair or probabilities
     if named is not None:
         missing = [name for name in named if name not in names]

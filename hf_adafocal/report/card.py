@@ -42,7 +42,7 @@ SOURCE = ("hf-adafocal", "https://github.com/hf-adafocal/hf_adafocal")  # of the
 
 
 class StaleReportError(ValueError):
-    """A report describes other weights than those beside it."""
+    """Raised when a report describes other weights than those in its folder."""
 
 
 def write_card(folder: str | Path, report: Report, **options: Any) -> Path:
@@ -99,7 +99,7 @@ def model_card(
     base_model: str | None = None,
     datasets: str | Sequence[str] | None = None,
 ) -> str:
-    """The text of a card.
+    """Write the text of a model card.
 
     Args:
         report: As `build_report` makes it.
@@ -144,7 +144,7 @@ def model_card(
 
 
 def without_report(existing: str) -> str:
-    r"""The text of a card without calibration report and results, for weights that nobody has measured.
+    r"""Remove calibration report and results from a card, for weights that were not measured.
 
     What a person wrote stays; what the Trainer generated goes, too.
 
@@ -173,7 +173,7 @@ def without_report(existing: str) -> str:
 
 
 def with_license(existing: str, license: str) -> str:
-    r"""The text of a card with another licence in its metadata.
+    r"""Set the licence in the metadata of a card.
 
     >>> print(with_license("# Mine\n", "mit"))
     ---
@@ -195,7 +195,7 @@ def names_license(existing: str) -> bool:
 
 
 def _around(text: str) -> tuple[str, str]:
-    """The text before and after our block."""
+    """Return the text before and after the generated block."""
     before, rest = text.split(START, 1)
     return before, rest.rsplit(END, 1)[1]
 
@@ -205,7 +205,7 @@ def _assembled(data: Any, text: str) -> str:
 
 
 def _results_of_others(data: ModelCardData, stock: bool) -> list[EvalResult]:
-    """Results that neither this package nor the Trainer measured: those of weights that may be gone."""
+    """Return the results that neither this package nor the Trainer wrote."""
     return [
         result
         for result in data.eval_results or []
@@ -269,7 +269,7 @@ def _results(report: Report) -> list[EvalResult]:
 
 
 def _widget(report: Report) -> list[dict[str, Any]]:
-    """Examples as the Hub's widget takes them."""
+    """Convert examples to the format of the Hub's widget."""
     task = report.model.task or ""
     if not task.startswith(("text", "token", "image", "audio")):
         return []
@@ -326,7 +326,7 @@ def _training(report: Report) -> str:
 
 
 def _has_code(folder: Path) -> bool:
-    """Whether the checkpoint comes with code of its own, which `from_pretrained` runs on request alone."""
+    """Whether the checkpoint comes with custom code, which `from_pretrained` runs only with `trust_remote_code`."""
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -36,17 +36,17 @@ _DOES = {
 
 
 def code(text: Any) -> str:
-    """Text as a literal of Python, which no name can end early."""
+    """Quote text as a Python string literal."""
     return _harmless(json.dumps(" ".join(str(text).split()), ensure_ascii=False))
 
 
 def _harmless(literal: str) -> str:
-    """A literal of Python that holds neither a comment of HTML nor a fence of Markdown."""
+    """Escape HTML comments and Markdown fences in a Python literal."""
     return literal.replace("<!--", "\\u003c!--").replace("-->", "--\\u003e").replace("```", "\\u0060``")
 
 
 def what_it_does(report: Report) -> str:
-    """Task, classes, origin and data in one or two sentences."""
+    """Describe task, classes, origin and data in one or two sentences."""
     title, _ = _DOES.get(report.model.task or "", ("Classifier", "sample"))
     labels = report.model.labels
     classes = f" with {len(labels)} classes" if labels else ""
@@ -74,7 +74,7 @@ def what_it_does(report: Report) -> str:
 
 
 def has_names(labels: Sequence[str]) -> bool:
-    """Whether classes have names of their own.
+    """Whether the classes have names other than the default `LABEL_0`, ...
 
     >>> has_names(["LABEL_0", "LABEL_1"])
     False
@@ -83,7 +83,7 @@ def has_names(labels: Sequence[str]) -> bool:
 
 
 def how_good(report: Report) -> str:
-    """Accuracy against the most frequent class, then the calibration error, with their intervals."""
+    """Compare accuracy with the most frequent class, then state the calibration error, with their intervals."""
     values, ends = report.metrics, report.test.intervals.get(report.shipped, {})
     majority, accuracy = report.test.majority, ends.get("accuracy")
     _, kind = _DOES.get(report.model.task or "", ("", "sample"))
@@ -108,7 +108,7 @@ def how_good(report: Report) -> str:
 
 
 def at_chance(report: Report) -> bool:
-    """Whether the accuracy cannot be told from that of always naming the most frequent class."""
+    """Whether the accuracy is not significantly different from that of always predicting the most frequent class."""
     if report.test.majority is None:
         return False
     low = report.test.intervals.get(report.shipped, {}).get("accuracy", (report.metrics["accuracy"],))[0]
@@ -116,7 +116,7 @@ def at_chance(report: Report) -> bool:
 
 
 def decision(report: Report) -> str:
-    """What to take instead, where a baseline is better calibrated or, beyond the interval, more accurate."""
+    """Recommend a baseline if it is better calibrated or, beyond the interval, more accurate."""
     values, ends = report.metrics, report.test.intervals.get(report.shipped, {})
     highest = ends.get("accuracy", (values["accuracy"],))[-1]
     better = {
@@ -146,7 +146,7 @@ def decision(report: Report) -> str:
 
 
 def adaptation_sentence(report: Report) -> str:
-    """What moved during training, how often, and where it ended."""
+    """State which setting of the loss was adapted during training, how often, and its final value."""
     updates = [update for update in report.adaptation if update["step"] > 0]
     if not updates:
         return "The loss had fixed settings: nothing adapted during training." if report.loss else ""
@@ -165,7 +165,7 @@ def adaptation_sentence(report: Report) -> str:
 
 
 def reuse_sentence(report: Report) -> str:
-    """Which decisions were made on the very samples that are reported; empty if none."""
+    """State which choices were made on the same samples that are reported; empty if none."""
     adapted = "the smoothing" if any("smoothing" in update for update in report.adaptation) else "gamma"
     names = {"adaptation": adapted, "scaling": "the temperature", "selection": "the choice of the checkpoint"}
     if report.test.scaling is None:
@@ -181,7 +181,7 @@ def reuse_sentence(report: Report) -> str:
 
 
 def splits_sentence(report: Report) -> str:
-    """Sizes of the splits."""
+    """State the sizes of the splits."""
     return ", ".join(f"{part['size']:,} {escape(role)}" for role, part in report.splits.items())
 
 
@@ -203,20 +203,20 @@ def overlap_sentences(report: Report) -> list[str]:
 
 
 def loss_name(report: Report) -> str:
-    """Name of the loss as people write it."""
+    """Return the name of the loss as people write it."""
     name = (report.loss or {}).get("name", "")
     return LOSS_NAMES.get(name, escape(name))
 
 
 def loss_settings(report: Report) -> str:
-    """Settings of the loss, separated by commas."""
+    """List the settings of the loss, separated by commas."""
     return ", ".join(
         f"{escape(name)} {escape(short(value))}" for name, value in (report.loss or {}).items() if name != "name"
     )
 
 
 def tables(report: Report) -> tuple[str, str]:
-    """The table of four metrics, and the table of the others ("" if there are none)."""
+    """Render the table of the four main metrics, and the table of the others ("" if there are none)."""
     others = [key for key in METRICS if key not in MAIN and any(key in row for row in report.test.rows().values())]
     if "mce" in others and not shows_mce(report):
         others.remove("mce")
@@ -225,13 +225,13 @@ def tables(report: Report) -> tuple[str, str]:
 
 
 def shows_mce(report: Report) -> bool:
-    """Whether every bin that holds samples holds enough of them for its gap to be more than noise."""
+    """Whether every non-empty bin holds enough samples for MCE to be more than noise."""
     bins = [stats.count[stats.count > 0] for stats in report.test.reliability.values()]
     return bool(bins) and min(int(count.min()) for count in bins) >= LEAST_IN_A_BIN
 
 
 def detection_table(report: Report) -> list[tuple[str, str]]:
-    """Title of the scores and AUROC in percent of telling other inputs apart by the confidence."""
+    """Return the AUROC of out-of-distribution detection by confidence, in percent, with the titles of the scores."""
     if report.ood is None:
         return []
     titles = scores_titles(report)
@@ -240,7 +240,7 @@ def detection_table(report: Report) -> list[tuple[str, str]]:
 
 
 def snippet(report: Report, repo_id: str) -> dict[str, Any]:
-    """What to install, the lines that load and call the model, and what they print."""
+    """Render installation, the code that loads and calls the model, and its output."""
     task = report.model.task or "text-classification"
     image = task.startswith(("image", "video"))
     example = report.examples[0] if report.examples else {}
@@ -294,7 +294,7 @@ def _percent(share: float) -> str:
 
 
 def short(value: Any) -> str:
-    """A number with as many digits as tell something."""
+    """Format a number with four significant digits."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
@@ -310,7 +310,7 @@ DENSE = {
 
 
 def dense_sentence(metrics: Mapping[str, float], intervals: Mapping[str, Sequence[float]]) -> str | None:
-    """What a report of a segmentation model says image by image; None of other models."""
+    """Summarise the per-image results of a segmentation model; None for other models."""
     if "num_images" not in metrics:
         return None
     shown = []

@@ -1,4 +1,4 @@
-"""A verdict in words on several losses, from paired differences between runs of one seed."""
+"""Summarise a comparison of losses in words, from paired differences between runs with the same seed."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ LEVEL = 0.95
 
 
 def verdict(tests: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str = "cross_entropy") -> str:
-    """Say which loss is calibrated best as trained and after temperature scaling, where there is evidence for it.
+    """State which loss is calibrated best as trained and after temperature scaling, where there is evidence for it.
 
     Differences of ECE are paired by seed. A loss is called best only if its 95 % intervals (Student's, for the mean
     difference) against every other loss lie below 0, with the level divided among those comparisons (Bonferroni).
@@ -61,7 +61,7 @@ def verdict(tests: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str = "c
 
 
 def results_in_words(report: Report, baseline: Report | None = None) -> str:
-    """Say what one run and its baseline show, and no more than their 95 % intervals allow.
+    """Describe one run against its baseline, claiming only differences beyond the 95 % intervals.
 
     Two values are told apart only if their intervals do not overlap.
 
@@ -90,7 +90,7 @@ def results_in_words(report: Report, baseline: Report | None = None) -> str:
 
 
 def loss_name(report: Report) -> str:
-    """The name of the loss that a run was trained with."""
+    """Return the name of the loss that a run was trained with."""
     return str((report.loss or {}).get("name", "this model"))
 
 
@@ -145,7 +145,7 @@ def _ranking(
 
 
 def paired_difference(differences: np.ndarray) -> str:
-    """The mean of paired differences with its 95 % interval, and whether it is noise.
+    """Format the mean of paired differences with its 95 % interval, and whether it is noise.
 
     Args:
         differences: In percent, one per seed, shape `(seeds,)`.
@@ -161,7 +161,7 @@ def paired_difference(differences: np.ndarray) -> str:
 
 
 def student_interval(differences: np.ndarray, level: float = LEVEL) -> tuple[float, float] | None:
-    """Student's interval for the mean of paired differences; None of a single one.
+    """Compute Student's t interval for the mean of paired differences; None for a single one.
 
     >>> low, high = student_interval(np.array([-5.0, -6.0, -7.0]))
     >>> round(low, 2), round(high, 2)
@@ -174,6 +174,6 @@ def student_interval(differences: np.ndarray, level: float = LEVEL) -> tuple[flo
 
 
 def is_noise(differences: np.ndarray, level: float = LEVEL) -> bool:
-    """Whether the interval of the mean difference holds 0; a single difference is always noise."""
+    """Whether the interval of the mean difference contains 0; true for a single difference."""
     interval = student_interval(differences, level)
     return interval is None or interval[0] <= 0 <= interval[1]

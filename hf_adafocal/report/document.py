@@ -14,7 +14,7 @@ NEEDED_METRICS = ("num_samples", "num_bins", "accuracy", "nll", "ece")
 
 
 def to_document(report: Report) -> dict[str, Any]:
-    """The JSON of a report; what is unknown is left out."""
+    """Convert a report to JSON; unknown values are left out."""
     test, model = report.test, report.model
     results = {
         "split": test.split,
@@ -61,7 +61,7 @@ def to_document(report: Report) -> dict[str, Any]:
 
 
 def from_document(document: Any) -> Report:
-    """The report that `to_document` wrote; raises `ValueError` that names the field."""
+    """Read the report that `to_document` wrote; raises `ValueError` that names the field."""
     fields = Fields(document)
     if "schema_version" not in fields:
         raise FieldError(
@@ -279,5 +279,5 @@ def _object(fields: Fields, name: str) -> dict[str, Any]:
 
 
 def _known(values: dict[str, Any]) -> dict[str, Any]:
-    """Entries that say something: no None, no empty list or object."""
+    """Drop entries that are None, an empty list or an empty object."""
     return {name: value for name, value in values.items() if value is not None and value not in ({}, [], ())}

@@ -15,7 +15,7 @@ _OF_WEIGHTS = ", weights "  # followed by their hash
 
 
 def write_eval_results(folder: str | Path, report: Report, task_id: str, **options: Any) -> Path:
-    """Write the accuracy of a report as a result on a benchmark; options are those of `eval_results_entry`.
+    """Write the accuracy of a report as a benchmark result; options are those of `eval_results_entry`.
 
     Args:
         folder: Of the checkpoint.
@@ -45,7 +45,7 @@ def eval_results_entry(
     source_url: str | None = None,
     source_name: str | None = None,
 ) -> tuple[str, str]:
-    """The accuracy of a report as a result on a benchmark, with date, revision, source and the hash of the weights.
+    """Build the result of a report on a benchmark, with date, revision, source and the hash of the weights.
 
     Args:
         report: Measured on a data set of the Hub.
@@ -85,7 +85,7 @@ def eval_results_entry(
 
 
 def results_of_other_weights(files: Mapping[str, Path], weights: str | None) -> list[str]:
-    """The paths of entries of this package that are of other weights than those of a hash.
+    """Return the paths of entries of this package that are of other weights than those of a hash.
 
     Args:
         files: Files of a checkpoint by their path in its folder.

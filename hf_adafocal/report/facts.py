@@ -1,4 +1,4 @@
-"""Facts about a model and its data that may be published: names without paths, versions of libraries."""
+"""Publishable facts about a model and its data: names without local paths, versions of libraries."""
 
 import re
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ TASKS = {  # last part of a model's class name -> the Hub's name of its task
 
 @dataclass(frozen=True)
 class DataSource:
-    """Name of a data set as it may be published.
+    """Publishable name of a data set.
 
     Attributes:
         name: Hub id, or the name of the folder alone.
@@ -33,7 +33,7 @@ class DataSource:
 
     @classmethod
     def of(cls, dataset: str) -> "DataSource":
-        """The source behind what a user named: a Hub id, a built-in name or a local path.
+        """Identify the source behind a user's name for a data set: a Hub id, a built-in name or a local path.
 
         >>> DataSource.of("../private/imgs"), DataSource.of("me/news").hub_id
         (DataSource(name='imgs', hub_id=None), 'me/news')
@@ -47,7 +47,7 @@ class DataSource:
 
 @dataclass(frozen=True)
 class ModelFacts:
-    """What a card says of the model besides its calibration.
+    """Facts about a model that its card states besides calibration.
 
     Attributes:
         architecture: Name of its class.
@@ -67,7 +67,7 @@ class ModelFacts:
 
 
 def describe_model(model: Any) -> ModelFacts:
-    """What a card says of a model: its class, task, labels, origin.
+    """Collect what a card says of a model: its class, task, labels, origin.
 
     Args:
         model: A transformers model, also under PEFT or a wrapper with `module`.
@@ -97,7 +97,7 @@ def describe_model(model: Any) -> ModelFacts:
 
 
 def versions() -> dict[str, str]:
-    """Version of each library that a result depends on."""
+    """Return the version of each library that a result depends on."""
     found = {}
     for name in LIBRARIES:
         try:

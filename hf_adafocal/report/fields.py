@@ -8,11 +8,11 @@ _Value = TypeVar("_Value")
 
 
 class FieldError(ValueError):
-    """A field of a report is missing or holds the wrong kind of value."""
+    """Raised when a field of a report is missing or holds the wrong type of value."""
 
 
 class Fields:
-    """A JSON object whose fields are read one by one, each with the type that it must have.
+    """Reader of a JSON object's fields, each with its expected type.
 
     Args:
         value: The parsed object.
@@ -42,52 +42,52 @@ class Fields:
         return self.value.get(name) is not None
 
     def text(self, name: str) -> str:
-        """A string."""
+        """Read a string."""
         return self._checked(name, "text", lambda value: isinstance(value, str))
 
     def boolean(self, name: str) -> bool:
-        """True or false."""
+        """Read true or false."""
         return self._checked(name, "true or false", lambda value: isinstance(value, bool))
 
     def integer(self, name: str) -> int:
-        """A whole number."""
+        """Read an integer."""
         return self._checked(name, "a whole number", lambda value: type(value) is int)
 
     def number(self, name: str) -> float:
-        """A finite number."""
+        """Read a finite number."""
         return self._checked(name, "a finite number", is_finite_number)
 
     def numbers(self, name: str) -> list[float]:
-        """A list of finite numbers."""
+        """Read a list of finite numbers."""
         kind = "a list of finite numbers"
         return self._checked(name, kind, lambda v: isinstance(v, list) and all(map(is_finite_number, v)))
 
     def texts(self, name: str) -> list[str]:
-        """A list of strings."""
+        """Read a list of strings."""
         kind = "a list of texts"
         return self._checked(name, kind, lambda v: isinstance(v, list) and all(isinstance(item, str) for item in v))
 
     def json(self, name: str) -> Any:
-        """Any JSON value without NaN and infinity."""
+        """Read any JSON value without NaN and infinity."""
         return self._checked(name, "a JSON value without NaN or infinity", is_json)
 
     def fields(self, name: str) -> "Fields":
-        """An object."""
+        """Read an object."""
         self._read.add(name)
         return Fields(self.value.get(name), self._path(name))
 
     def list_of(self, name: str, read: Callable[["Fields"], _Value]) -> list[_Value]:
-        """A list of objects, each read by a function."""
+        """Read a list of objects, each with a function."""
         values = self._checked(name, "a list", lambda value: isinstance(value, list))
         return [read(Fields(value, f"{self._path(name)}[{index}]")) for index, value in enumerate(values)]
 
     def map_of(self, name: str, read: Callable[["Fields"], _Value]) -> dict[str, _Value]:
-        """An object of objects, each read by a function."""
+        """Read an object of objects, each with a function."""
         inner = self.fields(name)
         return {key: read(inner.fields(key)) for key in inner.value}
 
     def metrics(self) -> dict[str, float]:
-        """Every field as a finite number."""
+        """Read every field as a finite number."""
         return {name: self.number(name) for name in self.value}
 
     def refuse_others(self) -> None:

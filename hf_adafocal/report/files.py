@@ -1,4 +1,4 @@
-"""What a run leaves beside its checkpoint: `report.json`, pictures and the card."""
+"""Write and read the report files beside a checkpoint: `report.json`, pictures and the card."""
 
 import io
 import json
@@ -45,7 +45,7 @@ def _write(folder: Path, report: Report) -> None:
 
 
 def read_report(folder: str | Path) -> Report | None:
-    """The report of a run folder, None if it has none.
+    """Read the report of a run folder; None if it has none.
 
     Raises:
         ValueError: If the file is not JSON or not a report of this schema; the message names the file and the field.
@@ -60,7 +60,7 @@ def read_report(folder: str | Path) -> Report | None:
 
 
 def add_baselines(runs: Mapping[str, Sequence[Path]], baseline: str = "cross_entropy") -> None:
-    """Put the results of a baseline beside those of the other runs of its seed, in their reports and cards.
+    """Add a baseline's results to the reports and cards of the other losses' runs with the same seed.
 
     Args:
         runs: For each loss its run folders, one per seed, in one order of seeds.
@@ -79,7 +79,7 @@ def add_baselines(runs: Mapping[str, Sequence[Path]], baseline: str = "cross_ent
 
 
 def baseline_rows(report: Report, loss: str) -> dict[str, dict[str, float]]:
-    """The results of a run as baselines of another one: metrics as trained and temperature scaled, by title.
+    """Return the results of a run as baselines for another one: metrics as trained and temperature scaled, by title.
 
     Args:
         report: Of the baseline.
@@ -90,7 +90,7 @@ def baseline_rows(report: Report, loss: str) -> dict[str, dict[str, float]]:
 
 
 def pictures() -> Any:
-    """The module `plots`; None, with a warning, if matplotlib is missing."""
+    """Import the module `plots`; return None, with a warning, if matplotlib is missing."""
     try:
         from hf_adafocal.report import plots
     except ImportError:
@@ -100,7 +100,7 @@ def pictures() -> Any:
 
 
 def draw(folder: str | Path, report: Report) -> None:
-    """Draw `reliability.png`, and `gamma.png` or `smoothing.png` if the loss adapted; earlier pictures go."""
+    """Draw `reliability.png`, and `gamma.png` or `smoothing.png` if the loss adapted; delete earlier pictures."""
     plots = pictures()
     figures: dict[str, Any] = {}
     if plots is not None and report.test.reliability:

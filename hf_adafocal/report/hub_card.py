@@ -1,4 +1,4 @@
-"""The model card that a repository on the Hub holds already."""
+"""Fetch and clean the model card that a Hub repository already has."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from hf_adafocal.report.card import CARD, START, without_report
 
 
 def card_without_report(api: HfApi, **target: Any) -> dict[str, bytes]:
-    """The card of a repository without the calibration report that it shows, to be uploaded with other weights.
+    """Return a repository's card without its calibration report, to be uploaded with other weights.
 
     Args:
         api: Client of the Hub.

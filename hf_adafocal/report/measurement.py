@@ -16,7 +16,7 @@ MOST_FOR_INTERVALS = 200_000  # samples; beyond, resampling takes minutes and th
 
 
 class PerSample(NamedTuple):
-    """What an evaluation keeps of each sample, all of shape `(N,)`.
+    """Per-sample results of an evaluation, all of shape `(N,)`.
 
     Attributes:
         confidence: Probability of the predicted class.
@@ -30,7 +30,7 @@ class PerSample(NamedTuple):
 
 
 class Collected(NamedTuple):
-    """Metrics of a split that were computed before, such as those of a streaming histogram.
+    """Metrics of a split that were computed earlier, such as those of a streaming histogram.
 
     Attributes:
         metrics: `accuracy`, `nll` (nats), `ece`, `ada_ece` and further ones by name, fractions.
@@ -47,7 +47,7 @@ class Collected(NamedTuple):
 
 @dataclass(frozen=True)
 class Measured:
-    """Calibration of one set of scores.
+    """Calibration metrics, intervals and reliability bins of one set of scores.
 
     Attributes:
         metrics: By name, with `num_samples` and `num_bins`.
@@ -61,7 +61,7 @@ class Measured:
 
 
 def flat(logits: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of the counted samples, shapes `(N, C)` and `(N,)`.
+    """Select the labelled samples of logits and labels, shapes `(N, C)` and `(N,)`.
 
     Args:
         logits: Shape `(..., C)`.
@@ -84,7 +84,7 @@ def flat(logits: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> tuple[np
 
 
 def measure_logits(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15, num_resamples: int = 1000) -> Measured:
-    """Metrics and intervals of the softmax of logits.
+    """Compute metrics and intervals of the softmax of logits.
 
     Args:
         logits: Shape `(N, C)`.
@@ -109,7 +109,7 @@ def measure_logits(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15, n
 
 
 def measure_samples(samples: PerSample, num_bins: int = 15, num_resamples: int = 1000) -> Measured:
-    """Metrics and intervals of per-sample statistics: all that needs no more than the top label.
+    """Compute metrics and intervals from per-sample statistics, those that need only the top label.
 
     Args:
         samples: Of one split.
@@ -145,7 +145,7 @@ def measure_samples(samples: PerSample, num_bins: int = 15, num_resamples: int =
 
 
 def measure_collected(collected: Collected) -> Measured:
-    """The same shape for metrics that were computed before."""
+    """Wrap metrics that were computed earlier as `Measured`."""
     counts = {"num_samples": int(collected.num_samples), "num_bins": int(collected.num_bins)}
     metrics = {name: float(value) for name, value in collected.metrics.items() if np.isfinite(value)}
     return Measured({**metrics, **counts}, {}, collected.reliability)

@@ -48,7 +48,7 @@ def reliability_of_probabilities(
 def reliability_of_confidences(
     confidence: np.ndarray, correct: np.ndarray, num_bins: int = 15, *, title: str = ""
 ) -> Figure:
-    """Reliability diagram of confidences: how often a prediction was correct against how sure it was.
+    """Reliability diagram of confidences: accuracy against confidence.
 
     Args:
         confidence: Probability that the prediction is correct, shape `(N,)`, in [0, 1].
@@ -69,7 +69,7 @@ def reliability_of_confidences(
 
 
 def reliability_diagram(diagrams: BinStats | Mapping[str, BinStats], *, accuracy_label: str = "accuracy") -> Figure:
-    """Reliability diagram of bin statistics: accuracy against confidence, over how many samples each bin holds.
+    """Reliability diagram of bin statistics: accuracy against confidence, above the number of samples per bin.
 
     A point below the diagonal is over-confident. Intervals are Wilson's, 95 %. The title gives the ECE (AdaECE where
     the bins are not of one width).
@@ -114,7 +114,7 @@ def reliability_diagram(diagrams: BinStats | Mapping[str, BinStats], *, accuracy
 
 
 def adaptation_diagrams(history: Sequence[Mapping[str, Any]]) -> dict[str, Figure]:
-    """Pictures of how a loss adapted: gamma of each bin, or the smoothing of the labels, over training.
+    """Plot how a loss adapted over training: gamma of each bin, or the label smoothing.
 
     Args:
         history: Updates of a report: `{"step": int, "gammas": [...]}` or `{"step": int, "smoothing": float}`.
@@ -137,7 +137,7 @@ def adaptation_diagrams(history: Sequence[Mapping[str, Any]]) -> dict[str, Figur
 
 
 def gamma_trajectory(steps: Sequence[int], gammas: Sequence[Sequence[float]], switch: float = 0.2) -> Figure:
-    """Picture of gamma of each bin over training.
+    """Plot the gamma of each bin over training.
 
     Args:
         steps: Optimizer step of each update, 0 for the start, shape `(updates,)`.
@@ -237,7 +237,7 @@ def _counts(axes, stats: BinStats) -> None:
 
 
 def _trajectory(label: str) -> tuple[Figure, Any]:
-    """An empty figure over optimizer steps, as wide as it has to be for letters of one size beside the diagrams."""
+    """Make an empty figure over optimizer steps."""
     figure = Figure(figsize=(0.6 * 2 * PANEL, 2.7), dpi=200, layout="constrained")
     axes = figure.subplots()
     _frame(axes)
@@ -252,7 +252,7 @@ def _frame(axes) -> None:
 
 
 def _wilson(share: np.ndarray, count: np.ndarray, z: float = 1.96) -> tuple[np.ndarray, np.ndarray]:
-    """Wilson's interval of a share of `count` samples; it stays inside [0, 1] and is honest for few samples."""
+    """Compute Wilson's interval of a proportion of `count` samples; it stays inside [0, 1]."""
     centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
     half = z / (1 + z**2 / count) * np.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
     return np.minimum(centre - half, share), np.maximum(centre + half, share)

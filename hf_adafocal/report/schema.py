@@ -1,4 +1,4 @@
-"""The report of a run: one typed, versioned schema, built, checked and turned into JSON here."""
+"""Typed and versioned schema of a run's report: it is built, checked and converted to JSON here."""
 
 import datetime
 from collections.abc import Mapping, Sequence
@@ -58,14 +58,14 @@ class Results:
         return None if self.scaling is None else self.scaling.to_dict().get("temperature")
 
     def rows(self) -> dict[str, dict[str, float]]:
-        """The metrics that were measured, by kind of scores."""
+        """Return the measured metrics, by kind of scores."""
         both = {RAW: self.raw, SCALED: self.temperature_scaled}
         return {name: metrics for name, metrics in both.items() if metrics is not None}
 
 
 @dataclass(frozen=True, eq=False)
 class Report:
-    """Everything that is known of the calibration of a checkpoint; `build_report` makes it.
+    """Calibration report of a checkpoint, as `build_report` makes it.
 
     Attributes:
         test: The measured split.
@@ -112,7 +112,7 @@ class Report:
 
     @property
     def shipped(self) -> str:
-        """Which of the two results is that of the checkpoint's own scores: "raw" or "temperature_scaled"."""
+        """Which of the two results describes the checkpoint's own scores: "raw" or "temperature_scaled"."""
         return SCALED if self.folded else RAW
 
     @property
@@ -122,7 +122,7 @@ class Report:
 
     @property
     def scaling_outcome(self) -> str:
-        """What was fitted after training and whether it is part of the checkpoint, in one sentence."""
+        """State in one sentence what was fitted after training and whether it is part of the checkpoint."""
         scaling, temperature = self.test.scaling, self.test.temperature
         if scaling is None or (temperature == 1 and not self.folded):
             return "Nothing is applied after training."
@@ -149,7 +149,7 @@ class Report:
     __hash__ = None  # type: ignore[assignment]
 
     def to_dict(self) -> dict[str, Any]:
-        """JSON of the report, with `schema_version`; `from_dict` reads it back."""
+        """Convert the report to JSON, with `schema_version`; `from_dict` reads it back."""
         from hf_adafocal.report.document import to_document
 
         return to_document(self)
@@ -191,7 +191,7 @@ def build_report(
     training: Mapping[str, Any] | None = None,
     examples: Sequence[Mapping[str, Any]] = (),
 ) -> Report:
-    """Measure a split and put it together with what is known of the run.
+    """Measure a split and build the report of the run.
 
     Logits are those of the model as it is now. If its head holds a scaling, pass that as `folded`: the row "as
     trained" is then measured from the logits with the scaling undone. Otherwise a temperature is fitted on
@@ -283,7 +283,7 @@ def _measure(
     num_bins: int,
     num_resamples: int,
 ) -> tuple[dict[str, Measured], Scaling | None]:
-    """Each row that can be measured, and the scaling between the two."""
+    """Measure the logits as trained and scaled, and return the scaling between the two."""
     if isinstance(test, PerSample | Collected):
         found = (
             measure_samples(test, num_bins, num_resamples) if isinstance(test, PerSample) else measure_collected(test)
@@ -321,13 +321,13 @@ def _majority(logits: Any, labels: Any) -> float:
 
 
 def _finite(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Numbers as Python's own, without NaN and infinity."""
+    """Convert numbers to Python's own, without NaN and infinity."""
     plain = {name: _plain(value) for name, value in metrics.items()}
     return {name: value for name, value in plain.items() if is_finite_number(value)}
 
 
 def _plain(value: Any) -> Any:
-    """Numbers, arrays and tuples as JSON has them; entries that are NaN or infinite are left out of objects."""
+    """Convert numbers, arrays and tuples to JSON values; entries of objects that are NaN or infinite are left out."""
     if isinstance(value, Mapping):
         plain = {str(name): _plain(inner) for name, inner in value.items()}
         return {name: inner for name, inner in plain.items() if not _not_finite(inner)}

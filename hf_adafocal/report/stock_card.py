@@ -1,4 +1,4 @@
-"""Remove what transformers' Trainer generated from a model card, so that only what a person wrote is left."""
+"""Remove what transformers' Trainer generated from a model card and keep what a person wrote."""
 
 import re
 
@@ -31,12 +31,12 @@ _SECTIONS = {
 
 
 def is_stock(text: str) -> bool:
-    """Whether the Trainer generated the card and nobody has removed its comment that says so."""
+    """Whether the Trainer generated the card and its comment that says so is still there."""
     return COMMENT.search(text) is not None
 
 
 def without_stock(text: str) -> str:
-    r"""The card without the Trainer's comment, introduction and untouched sections.
+    r"""Remove the Trainer's comment, introduction and unedited sections from a card.
 
     Args:
         text: Of a card, without metadata.

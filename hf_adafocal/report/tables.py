@@ -11,7 +11,7 @@ from hf_adafocal.report.schema import RAW, SCALED, Report
 
 
 class Column(NamedTuple):
-    """How a metric is shown.
+    """A metric's column in a table: key, heading and number format.
 
     Attributes:
         key: Its name in a report.
@@ -26,7 +26,7 @@ class Column(NamedTuple):
     digits: int
 
     def text(self, value: float | None, interval: Sequence[float] | None = None) -> str:
-        """A value, with its interval in brackets if there is one; empty for None.
+        """Format a value, with its interval in brackets if there is one; empty for None.
 
         >>> Column("ece", "ECE %", 100, 2).text(0.03, (0.02, 0.04))
         '3.00 (2.00 to 4.00)'
@@ -60,7 +60,7 @@ def report_table(
     intervals: Sequence[str] = (),
     mark: bool = False,
 ) -> str:
-    """One report: its scores as trained and scaled, then the baselines.
+    """Render one report: its scores as trained and scaled, then the baselines.
 
     Args:
         report: Of a run.
@@ -86,7 +86,7 @@ def report_table(
 
 
 def results_table(report: Report, baseline: Report | None = None) -> str:
-    """A run and its baseline, as trained and with a temperature, with 95 % intervals of accuracy and ECE.
+    """Render a run and its baseline, as trained and with a temperature, with 95 % intervals of accuracy and ECE.
 
     Args:
         report: Of the run.
@@ -108,7 +108,7 @@ def results_table(report: Report, baseline: Report | None = None) -> str:
 
 
 def escape(text: Any) -> str:
-    r"""Text that Markdown and HTML show as it is, in one line.
+    r"""Escape text for Markdown and HTML, in one line.
 
     >>> escape("a *b*\n<i>")
     'a \\*b\\* \\<i\\>'
@@ -117,7 +117,7 @@ def escape(text: Any) -> str:
 
 
 def scores_titles(report: Report) -> dict[str, str]:
-    """How tables and pictures call the scores as trained and scaled."""
+    """Return the titles of the scores as trained and scaled, for tables and pictures."""
     temperature = report.test.temperature
     return {RAW: "as trained", SCALED: "vector scaled" if temperature is None else f"T = {temperature:.2f}"}
 
@@ -145,7 +145,7 @@ def comparison_table(
 
 
 def mean_and_deviation(values: Sequence[float], digits: int) -> str:
-    """Mean and, from two values on, sample standard deviation.
+    """Return the mean and, from two values on, the sample standard deviation.
 
     >>> mean_and_deviation([1.0, 3.0], 2)
     '2.00 ± 1.41'
@@ -155,7 +155,7 @@ def mean_and_deviation(values: Sequence[float], digits: int) -> str:
 
 
 def markdown(rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table with aligned columns; the first row is the heading. Bars inside cells are escaped."""
+    """Render a Markdown table with aligned columns; the first row is the heading, bars inside cells are escaped."""
     escaped = [[re.sub(r"(?<!\\)\|", r"\\|", " ".join(cell.split())) for cell in row] for row in rows]
     widths = [max(3, *(len(row[column]) for row in escaped)) for column in range(len(escaped[0]))]
     lines = [escaped[0], ["-" * width for width in widths], *escaped[1:]]

@@ -12,7 +12,7 @@ _OTHERS = ("pytorch_model*.bin", "adapter_model*.bin")  # hashed as files: readi
 
 
 def weights_hash(weights: Any) -> str | None:
-    """Hash of the types, shapes and values of all tensors of a checkpoint.
+    """Compute a hash of the types, shapes and values of all tensors of a checkpoint.
 
     Names, shards, tensors that occur twice and the files beside the weights do not count, so that a model has the hash
     of the folder it is saved in, also where `save_pretrained` renames tensors or leaves out tied ones.
@@ -60,7 +60,7 @@ def _combined(digests: set[bytes]) -> str:
 
 
 def _file_digests(path: Path) -> Iterator[bytes]:
-    """Digest of each tensor of a safetensors file, read through a memory map."""
+    """Compute the digest of each tensor of a safetensors file, read through a memory map."""
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
             with memoryview(content) as view:
@@ -77,7 +77,7 @@ def _tensor_digest(tensor: Any) -> bytes:
 
 
 def _digests(content: memoryview) -> Iterator[bytes]:
-    """Digest of type, shape and bytes of each tensor, from the content of a safetensors file."""
+    """Compute the digest of type, shape and bytes of each tensor, from the content of a safetensors file."""
     start = 8 + int.from_bytes(content[:8], "little")
     if not 10 <= start <= len(content):
         raise ValueError("it is no complete safetensors file")

@@ -1,4 +1,4 @@
-"""Fine-tune with several losses and seeds, and compare the results in one table, one verdict and one picture."""
+"""Fine-tune with several losses and seeds, and compare the results in a table, a summary in words and a picture."""
 
 import io
 from collections import Counter
@@ -33,7 +33,7 @@ def compare(
     folder: str | Path,
     reuse: bool = False,
 ) -> dict[str, list[Report]]:
-    """Fine-tune once per loss and seed; save `comparison.md` (table and verdict) and `comparison.png`.
+    """Fine-tune once per loss and seed; save `comparison.md` (table and summary) and `comparison.png`.
 
     Reports compare the scores as trained, before a temperature was folded, whatever `calibrate_at_end` says.
 
@@ -76,7 +76,7 @@ def compare(
 
 
 def _check_names(losses: Sequence[str], seeds: Sequence[int], arguments: Sequence[str]) -> None:
-    """Raise if a comparison would not be one."""
+    """Reject unknown, missing or repeated losses and seeds, and arguments that a comparison sets itself."""
     unknown = sorted(set(losses) - set(LOSSES))
     if unknown:
         raise ValueError(f"losses must be among {', '.join(LOSSES)}; found {', '.join(unknown)}.")

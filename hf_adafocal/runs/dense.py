@@ -39,7 +39,7 @@ def measure_images(
     construction: str | None = "V",
     change: Callable[[np.ndarray], np.ndarray] | None = None,
 ) -> tuple[DenseCounts, dict[str, np.ndarray]]:
-    """Count what the metrics of dense prediction need, and keep the image that has most foreground for a picture.
+    """Count per-image statistics of a segmentation model, and keep the image with most foreground for a picture.
 
     Args:
         model: With `logits` `(N, C, d1, ...)`, resized to the labels.
@@ -85,7 +85,7 @@ def measure_images(
 def add_dense_metrics(
     report: Report, model: Any, rows: Any, collator: Callable, folder: str | Path, *, construction: str = "V"
 ) -> Report:
-    """Put the metrics of dense prediction, with intervals over images, into a report; save it and an overlay.
+    """Add the metrics of dense prediction, with intervals over images, to a report; save it with an overlay picture.
 
     Args:
         report: Of the model on the same rows.
@@ -126,7 +126,7 @@ def add_dense_metrics(
 
 
 def dense_table(report: Report, names: Sequence[str] = COLUMNS) -> str:
-    """The metrics of dense prediction of a report as a Markdown table with 95 % intervals that resample images."""
+    """Render a report's metrics of dense prediction as a Markdown table with 95 % intervals over images."""
     metrics, ends = report.metrics, report.test.intervals.get(report.shipped, {})
     rows = [f"| {name} | {metrics[name]:.4f} | {_interval(ends.get(name))} |" for name in names if name in metrics]
     pixels, images = int(metrics["num_samples"]), int(metrics["num_images"])

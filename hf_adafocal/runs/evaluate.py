@@ -217,7 +217,7 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
 
 
 def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray) -> None:
-    """Write probabilities and labels as `hf-adafocal gate` reads them.
+    """Write probabilities and labels in a format that `hf-adafocal gate` reads.
 
     Args:
         path: A `.parquet` file (columns `probabilities`, a list per row, and `label`) or an `.npz` file (arrays of
@@ -244,7 +244,7 @@ def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray) 
 
 
 def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
-    """Return for each label of the data the index of the checkpoint's logit, shape `(C,)`.
+    """Return for each class of the data the index of the checkpoint's logit, shape `(C,)`.
 
     Classes are matched by name, or by number if the checkpoint has no names.
 
@@ -271,7 +271,7 @@ def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
 
 
 def _in_order(scaling: Scaling | None, order: np.ndarray) -> Scaling | None:
-    """Return a scaling of the head's classes as one of the data's."""
+    """Reorder a scaling from the classes of the head to those of the data."""
     if scaling is None:
         return None
 

@@ -1,4 +1,4 @@
-"""The example of a model card: an input, and what a pipeline prints for it."""
+"""Make the example of a model card: an input and the pipeline's output for it."""
 
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,7 @@ NEUTRAL = "This is an example."  # for data that may not be shown
 def make_examples(
     task: Task, prepared: Prepared, model: PreTrainedModel, folder: str | Path
 ) -> tuple[dict[str, Any], ...]:
-    """Ask a checkpoint's pipeline for the scores of one input, for its model card.
+    """Run a checkpoint's pipeline on one input, as the example of its model card.
 
     The input is one of the test split if the data are public. Rows of other data are never shown: a text is then a
     neutral sentence, and there is no image.

@@ -30,7 +30,7 @@ from hf_adafocal.training.trainer import AdaFocalTrainer
 
 
 def train(task_class: type[Task], arguments: Sequence[str] | None = None, prog: str | None = None) -> None:
-    """Fine-tune as a command line says, and print the results beside those of a baseline.
+    """Fine-tune as a command line says, and print the results next to those of a baseline.
 
     The baseline is trained first, with the same arguments but the loss, into a folder beside the run's.
 

@@ -18,7 +18,7 @@ HEADS = ["score", "classifier"]  # names of classification heads in transformers
 
 @dataclass
 class LoraTask(TextTask):
-    """Text classification with a causal or masked language model, of which LoRA trains a small part and the head."""
+    """Text classification with a causal or masked language model: LoRA trains low-rank adapters and the head."""
 
     lora_rank: int = field(default=16, metadata={"help": "Rank of the matrices that LoRA adds."})
     lora_alpha: int = field(default=32, metadata={"help": "Scale of LoRA's matrices, times 1 / rank."})
@@ -40,7 +40,7 @@ class LoraTask(TextTask):
 
     @property
     def loading(self) -> dict[str, Any]:
-        """Arguments of `from_pretrained` for the base model."""
+        """Return the arguments of `from_pretrained` for the base model."""
         if not self.load_in_4bit:
             return {}
         from transformers import BitsAndBytesConfig
@@ -54,7 +54,7 @@ class LoraTask(TextTask):
         return {"quantization_config": quantization}
 
     def prepare(self, seed: int) -> Prepared:
-        """As `TextTask.prepare`; padded with the end of a text where the tokenizer has no padding token."""
+        """Prepare as `TextTask.prepare`; pad with the end-of-text token if the tokenizer has no padding token."""
         prepared = super().prepare(seed)
         return prepared._replace(
             model_init=self._adapted(prepared.model_init, padding_of(prepared.processing_class)),
@@ -82,7 +82,7 @@ class LoraTask(TextTask):
 
 
 def padding_of(tokenizer: Any) -> int:
-    """Id of the padding token of a tokenizer, which becomes the end of a text if it has none.
+    """Return the id of the tokenizer's padding token, which becomes the end-of-text token if it has none.
 
     Raises:
         ValueError: If it has neither.
@@ -99,7 +99,7 @@ def padding_of(tokenizer: Any) -> int:
 
 
 def merge_adapter(folder: str | Path, output: str | Path) -> Path:
-    """Write the checkpoint of a LoRA classifier as an ordinary one, which `pipeline` and servers load without PEFT.
+    """Merge a LoRA classifier into an ordinary checkpoint, which `pipeline` and servers load without PEFT.
 
     The logits are those of the adapter's checkpoint to rounding, with the temperature that is folded into its head.
     The report goes along, tied to the merged weights.

@@ -1,4 +1,4 @@
-"""The arguments of a finished run, kept in its folder: for evaluating it later, and for reusing it."""
+"""Record of a finished run's arguments in its folder, for later evaluation and for reuse of the run."""
 
 import dataclasses
 import json
@@ -45,7 +45,7 @@ class RunRecord:
 
     @classmethod
     def of(cls, task: Task, args: AdaFocalTrainingArguments) -> "RunRecord":
-        """Describe a run by its arguments."""
+        """Make the record of a run from its arguments."""
         kept = {name: value for name, value in args.to_dict().items() if not _is_without_effect(name)}
         # As they come back from a file: tuples are lists there, and so on.
         return cls(kind_of(task), dataclasses.asdict(task), json.loads(json.dumps(kept, default=str)), args.seed)
@@ -55,7 +55,7 @@ class RunRecord:
         write_atomically(Path(folder) / FILE, json.dumps(dataclasses.asdict(self), indent=2) + "\n")
 
     def differences(self, asked: "RunRecord") -> list[str]:
-        """Return what another run would do differently, as "name this -> other"."""
+        """List the arguments in which another run differs, as "name this -> other"."""
         found = [] if self.kind == asked.kind else [f"task {self.kind} -> {asked.kind}"]
         for ours, theirs in ((self.task, asked.task), (self.training, asked.training)):
             names = [*ours, *(name for name in theirs if name not in ours)]
@@ -126,7 +126,7 @@ def record_or_report(checkpoint: str | Path) -> RunRecord | None:
 def task_of_checkpoint(
     kind: str, checkpoint: str, arguments: Sequence[str] = (), prog: str | None = None
 ) -> tuple[Task, int]:
-    """Build the task on which a checkpoint is to be evaluated: its run's arguments, where the command line has none.
+    """Build the task to evaluate a checkpoint on: arguments of the command line first, then those of its run.
 
     Args:
         kind: Kind of task: "text" or "vision".

@@ -30,7 +30,7 @@ from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
 
 
 class Prepared(NamedTuple):
-    """The data, model, processor and collator of a task.
+    """The data, model, processor and data collator of a task.
 
     Attributes:
         splits: Model inputs and `labels`.
@@ -49,7 +49,7 @@ class Prepared(NamedTuple):
 
 @dataclass
 class Task:
-    """Arguments of every classification task; subclasses say how the data become model inputs."""
+    """Arguments of every classification task; subclasses define how data become model inputs."""
 
     dataset: str = field(metadata={"help": "A built-in name, a Hub id or a local folder."})
     model_name_or_path: str | None = field(
@@ -253,7 +253,7 @@ class ImageTask(Task):
 
 
 def short_text(texts: Iterable[str], shortest: int = 20, longest: int = 200) -> str | None:
-    r"""Return the first text of a length that can be shown, in one line; None if there is none.
+    r"""Return the first text that is short enough to show, in one line; None if there is none.
 
     >>> short_text(["Hi.", "It was a pleasure\nto be there."])
     'It was a pleasure to be there.'

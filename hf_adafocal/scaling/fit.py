@@ -1,4 +1,4 @@
-"""Temperature and vector scaling: a few numbers, fitted on held-out logits, that make probabilities honest."""
+"""Temperature and vector scaling, fitted on held-out logits by minimising the NLL."""
 
 import dataclasses
 import math
@@ -18,7 +18,7 @@ ROUNDING = 1e-9  # nats; an NLL that rises by more was made worse
 
 @dataclasses.dataclass(frozen=True)
 class Scaling:
-    """Logits times `scale` plus `bias`, and what that was worth where it was fitted.
+    """Post-hoc scaling of logits, `scale * logits + bias`, with the NLL before and after on the set it was fitted on.
 
     Args:
         scale: 1 / T, or one factor per class, C numbers.
@@ -53,7 +53,7 @@ class Scaling:
 
     @property
     def method(self) -> str:
-        """`"temperature"`, or `"vector"` where the numbers differ by class."""
+        """Name of the method: `"temperature"`, or `"vector"` if the numbers differ by class."""
         return "vector" if isinstance(self.scale, tuple) or self.bias else "temperature"
 
     @overload
@@ -98,14 +98,14 @@ class Scaling:
         return before if isinstance(logits, Tensor) else before.numpy()
 
     def _beside(self, logits: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits in float32 or wider, scale and bias, all of one type and on one device."""
+        """Convert logits to float32 or wider, and scale and bias to the same dtype and device."""
         given = torch.as_tensor(logits)
         dtype = torch.promote_types(given.dtype, torch.float32)
         scale, bias = (torch.tensor(value, dtype=dtype, device=given.device) for value in (self.scale, self.bias))
         return given.to(dtype), scale, bias
 
     def is_supported(self, confidence: float = 0.95) -> bool:
-        """Likelihood-ratio test of this scaling against leaving the logits as they are.
+        """Test by the likelihood ratio whether this scaling fits better than unscaled logits.
 
         Twice the rise of the log-likelihood of the samples it was fitted on is compared with the chi-square quantile
         for as many degrees of freedom as numbers were fitted (1, or 2 C for a vector scaling).
@@ -137,7 +137,7 @@ class Scaling:
         return bool(statistic > chi2.ppf(confidence, fitted))
 
     def pooler(self) -> dict[str, float]:
-        """What a server that computes `(logits - logit_mean) / logit_sigma` before its activation must be told.
+        """Return the settings of a server that computes `(logits - logit_mean) / logit_sigma` before its activation.
 
         Those are the names of vLLM's `PoolerConfig`; they are for a checkpoint in which the scaling is not folded.
 
@@ -154,7 +154,7 @@ class Scaling:
         return {"logit_mean": 0.0 - self.bias / self.scale, "logit_sigma": 1 / self.scale}
 
     def to_dict(self) -> dict[str, Any]:
-        """All of it as JSON takes it, with `method` and, where there is one, `temperature`."""
+        """Convert to JSON values, with `method` and, where there is one, `temperature`."""
         known = self.method == "temperature" and not isinstance(self.scale, tuple)
         temperature = {"temperature": 1 / self.scale} if known else {}  # type: ignore[operator]
         lists = {name: list(v) if isinstance(v, tuple) else v for name, v in dataclasses.asdict(self).items()}
@@ -162,7 +162,7 @@ class Scaling:
 
     @classmethod
     def from_dict(cls, record: dict[str, Any]) -> "Scaling":
-        """The scaling that `to_dict` wrote.
+        """Read the scaling that `to_dict` wrote.
 
         Raises:
             ValueError: If the record has no `scale` or a number in it is no scaling.
@@ -173,7 +173,7 @@ class Scaling:
 
 
 def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> float:
-    """Temperature T that minimises the NLL of `logits / T`.
+    """Fit the temperature T that minimises the NLL of `logits / T`.
 
     A bounded search on log T, so T is positive by construction; the NLL has one minimum in T. A T that does not lower
     the NLL is not returned: then it is 1.
@@ -223,7 +223,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) ->
 
 
 def fit_temperature_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> Scaling:
-    """`fit_temperature` as a `Scaling`, with the NLL before and after.
+    """Fit a temperature and return it as a `Scaling`, with the NLL before and after.
 
     Where `fit_temperature` keeps T at 1, this is the identity.
 
@@ -239,7 +239,7 @@ def fit_temperature_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.nda
 
 
 def fit_vector_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> Scaling:
-    """One factor and one bias per class that minimise the NLL of `logits * scale + bias`.
+    """Fit one factor and one bias per class that minimise the NLL of `logits * scale + bias`.
 
     L-BFGS with the analytic gradient, from the best temperature on. The objective is convex: the summed NLL plus half
     the squared distance from the start, with factors counted in units of 1 / T and biases in nats. That is a normal
@@ -291,7 +291,7 @@ def fit_vector_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray)
 
 
 def _fit_vector(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Factors, then biases, that fit best; shape `(2 C,)`."""
+    """Minimise the NLL over factors and biases; returns the factors, then the biases, shape `(2 C,)`."""
     size, num_classes = logits.shape
     target = np.eye(num_classes)[labels]
     start = np.repeat([1.0, 0.0], num_classes)
@@ -311,7 +311,7 @@ def _fit_vector(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def _checked(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
-    """Logits as float64 and labels as int64, both on the CPU, if they are what a fit takes."""
+    """Validate logits and labels and return them as float64 and int64 on the CPU."""
     logits, labels = torch.as_tensor(logits).detach().cpu().double(), torch.as_tensor(labels).cpu()
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
         raise ValueError(
@@ -342,7 +342,7 @@ def _all_right(logits: Tensor, labels: Tensor) -> bool:
 
 
 def _measured(scaling: Scaling, logits: Tensor, labels: Tensor) -> Scaling:
-    """The scaling with its NLL before and after."""
+    """Add the NLL before and after to a scaling."""
     return dataclasses.replace(
         scaling,
         nll_before=_nll(logits, labels),

@@ -26,7 +26,7 @@ RECORD = "adafocal_calibration"  # where the model's config keeps what was folde
 
 
 def fold_scaling(model: Any, scaling: Scaling, inputs: dict[str, Tensor] | None = None) -> None:
-    """Put a scaling into the weight and bias of the layer that makes the logits, in place.
+    """Fold a scaling into the weight and bias of the classification layer, in place.
 
     The layer is found by `head.find_head`. The new numbers are computed on the CPU in float64 and cast back, so every
     process gets the same bits and probabilities agree with those of the scaled logits to about 1e-6 in float32; in
@@ -66,7 +66,7 @@ def fold_scaling(model: Any, scaling: Scaling, inputs: dict[str, Tensor] | None 
 
 
 def check_foldable(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
-    """Raise what `fold_scaling` would raise for a temperature; change nothing. Call it before training.
+    """Check that `fold_scaling` would accept a temperature, without changing the model; call it before training.
 
     A scaling that is recorded already is no objection here: training moves on from it and forgets the record.
 
@@ -85,7 +85,7 @@ def check_foldable(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
 
 
 def unfold_scaling(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
-    """Undo `fold_scaling` in place, also on a checkpoint loaded since; exact but for rounding in the head's dtype.
+    """Undo `fold_scaling` in place, also on a reloaded checkpoint; exact up to rounding in the head's dtype.
 
     Args:
         model: A model whose config has the record of a scaling.
@@ -107,7 +107,7 @@ def unfold_scaling(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
 
 
 def recorded_scaling(model: Any) -> Scaling | None:
-    """The scaling that was folded into a model; None if there is none.
+    """Return the scaling that was folded into a model; None if there is none.
 
     Args:
         model: A model, under PEFT or not, or its config (which knows nothing of an adapter loaded from disk).
@@ -120,7 +120,7 @@ def recorded_scaling(model: Any) -> Scaling | None:
 
 
 def forget_scaling(model: Any) -> None:
-    """Remove the record of a folded scaling and leave the weights: what training moves on from is no calibration."""
+    """Remove the record of a folded scaling but keep the weights, as before further training."""
     adapter = _adapter_config(model)
     if adapter is not None and adapter.auto_mapping:
         rest = {name: value for name, value in adapter.auto_mapping.items() if name != RECORD}
@@ -130,7 +130,7 @@ def forget_scaling(model: Any) -> None:
 
 
 def fold_checkpoint(folder: str | Path, scaling: Scaling, output: str | Path | None = None) -> Path:
-    """`fold_scaling` for a checkpoint on disk, which stays in the dtype it was saved in.
+    """Apply `fold_scaling` to a checkpoint on disk, keeping the dtype it was saved in.
 
     Files beside the weights (tokenizer, processor, card) are copied to `output`; optimizer, scheduler and the rest of
     a run's state, and folders, are not.
@@ -178,7 +178,7 @@ def _is_peft(model: Any) -> bool:
 
 
 def _adapter_config(model: Any) -> Any:
-    """Config of the active adapter of a PEFT model, which is saved with it; None of another model."""
+    """Return the config of the active adapter of a PEFT model, which is saved with it; None of another model."""
     return model.peft_config[model.active_adapter] if _is_peft(model) else None
 
 

@@ -18,12 +18,12 @@ _JOINED_VALUES = _VALUES_AT_ONCE["cpu"] // CHAINS  # logits of small batches tha
 
 
 def inverse_temperatures() -> Tensor:
-    """The grid, 1 / T in ascending order, shape `(22,)`, float64; the one of index 11 is 1."""
+    """Return the grid, 1 / T in ascending order, shape `(22,)`, float64; the one of index 11 is 1."""
     return ((torch.arange(NUM_NODES, dtype=torch.float64) - NUM_NODES // 2) * STEP).exp()
 
 
 def nll_on_grid(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Sums over samples of the NLL of `logits / T`, and of its derivative in 1 / T, at each node of the grid.
+    """Sum the NLL of `logits / T` over samples, and its derivative in 1 / T, at each node of the grid.
 
     Args:
         logits: Unnormalised scores, classes last, shape `(..., C)`; float16 and bfloat16 are computed in float32. A
@@ -76,7 +76,7 @@ def nll_on_grid(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Ten
 
 
 class SumsOnGrid:
-    """Sums of `nll_on_grid` over the batches of an evaluation.
+    """Running sums of `nll_on_grid` over the batches of an evaluation.
 
     Batches of few logits are joined before they are summed, since the cost of a call would exceed that of its numbers.
 
@@ -114,7 +114,7 @@ class SumsOnGrid:
             self._sum_waiting()
 
     def total(self) -> Tensor | None:
-        """The sums so far, shape `(2, 22)`; None if no batch was added."""
+        """Return the sums so far, shape `(2, 22)`; None if no batch was added."""
         self._sum_waiting()
         return self._sums
 
@@ -130,7 +130,7 @@ class SumsOnGrid:
 
 
 def best_temperature(sums: Tensor, num_samples: int) -> tuple[float, float]:
-    """Temperature at which the mean NLL is lowest, and the NLL there, by cubic interpolation between nodes.
+    """Find the temperature with the lowest mean NLL, and that NLL, by cubic interpolation between nodes.
 
     Args:
         sums: What `nll_on_grid` gives, added over batches and processes, shape `(2, 22)`.

@@ -1,4 +1,4 @@
-"""Find the layer that makes a classifier's logits, by experiment, and check that it can be rescaled."""
+"""Find the classification layer of a model by experiment, and check that it can be rescaled."""
 
 import math
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ NESTED = ("vision_config", "text_config", "backbone_config", "audio_config")
 
 
 def find_head(model: Any, inputs: dict[str, Tensor] | None = None) -> nn.Linear | nn.Conv2d | nn.Conv3d:
-    """The linear or convolutional layer whose output the logits follow, whatever its name.
+    """Find the linear or convolutional layer that computes the logits, whatever its name.
 
     In a forward pass each layer with one output per label gets its output scaled, and the logits must follow exactly.
 
@@ -49,7 +49,7 @@ def find_head(model: Any, inputs: dict[str, Tensor] | None = None) -> nn.Linear 
 
 
 def example(model: Any) -> dict[str, Tensor]:
-    """One short text, one grey image of the size that a model's config tells, or one small volume.
+    """Make dummy inputs: one short text, one grey image of the size in the model's config, or one small volume.
 
     Args:
         model: Of texts (`input_ids`) or images (`pixel_values`).
@@ -75,12 +75,12 @@ def example(model: Any) -> dict[str, Tensor]:
 
 
 def is_adapter(module: nn.Module) -> bool:
-    """Whether a module is one of PEFT."""
+    """Whether a module is a PEFT adapter."""
     return type(module).__module__.split(".")[0] == "peft"
 
 
 def _outputs(module: Any) -> int | None:
-    """Outputs of a linear or convolutional layer; None of a PEFT module, which wraps another."""
+    """Return the number of outputs of a linear or convolutional layer; None of a PEFT module, which wraps another."""
     if is_adapter(module):
         return None
     found = getattr(module, "out_features", None)
@@ -99,7 +99,7 @@ def _image_shape(config: Any) -> tuple[int, ...]:
 
 
 def _setting(config: Any, name: str, default: Any) -> Any:
-    """A setting of a config or of the config of a part of the model."""
+    """Look up a setting in a config or in the config of a part of the model."""
     for part in (config, *(getattr(config, nested, None) for nested in NESTED)):
         value = part.get(name) if isinstance(part, Mapping) else getattr(part, name, None)
         if value is not None:
@@ -108,12 +108,12 @@ def _setting(config: Any, name: str, default: Any) -> Any:
 
 
 def _along_classes(values: Tensor, ndim: int) -> Tensor:
-    """Numbers of the classes, shaped for an array with classes last, or second in images and volumes."""
+    """Reshape per-class numbers to broadcast over classes last, or second in images and volumes."""
     return values.reshape(-1, *[1] * (ndim - 2)) if ndim > 3 else values
 
 
 def _logits_follow(model: Any, module: nn.Module, batch: dict[str, Tensor]) -> bool:
-    """Whether scaling this module's output scales the logits, and nothing comes after that would bend them."""
+    """Whether the logits scale exactly with this module's output, with no nonlinearity after it."""
     plain = model(**batch).logits.float()
     classes = plain.shape[1] if plain.ndim > 3 else plain.shape[-1]
     scale = torch.linspace(0.5, 2.0, classes, device=plain.device)

@@ -59,7 +59,7 @@ def _argument(help: str, **metadata: Any) -> Any:
 
 @dataclass
 class AdaFocalTrainingArguments(TrainingArguments):
-    """`TrainingArguments` plus the loss, its settings, and what is held out for calibration.
+    """`TrainingArguments` plus the loss, its settings and the calibration set.
 
     With nothing said, the loss is AdaFocal by its paper's rule: 15 bins of equal mass, gamma 1 at the start, an update
     per evaluation of the calibration set.
@@ -146,7 +146,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
     split_overlap: str = field(
         default="drop",
         metadata={
-            "help": "What to do if training rows also stand in a held-out set: drop, error, warn, skip (do not look).",
+            "help": "What to do if training rows also occur in a held-out set: drop, error, warn, skip (no check).",
             "choices": list(POLICIES),
         },
     )
@@ -165,7 +165,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
 
     @property
     def per_sample_loss(self) -> str:
-        """Name of the loss, or of the base that a batch term is added to."""
+        """Name of the per-sample loss: the loss itself, or the base that a batch term is added to."""
         return per_sample_part(self.loss, self.auxiliary_base)
 
     @property
@@ -186,7 +186,7 @@ class AdaFocalTrainingArguments(TrainingArguments):
         return settings
 
     def build_loss(self, weight: Tensor | None = None, ignore_index: int = -100) -> nn.Module:
-        """Build the loss these arguments describe, freshly initialised.
+        """Build the loss that these arguments describe, freshly initialised.
 
         Args:
             weight: Weight of each class, shape `(C,)`.
@@ -291,12 +291,12 @@ class AdaFocalTrainingArguments(TrainingArguments):
 
 
 def per_sample_part(loss: str, base: str | None = None) -> str:
-    """Name of a per-sample loss: of the base of a loss with a batch term (its own if `base` is None), or the loss."""
+    """Return the per-sample loss's name: of the base of a loss with a batch term (its default if `base` is None)."""
     return (base or name_of_class(TERMS[loss].base)) if loss in TERMS else loss
 
 
 def _default_of(loss: str, keyword: str) -> Any:
-    """Default of a keyword in the constructors of a loss, the nearest one in its class hierarchy."""
+    """Look up the default of a constructor's keyword of a loss, or of the nearest base class that has it."""
     if loss in TERMS:
         return TERMS[loss].settings[keyword]
     for kind in PER_SAMPLE_LOSSES[loss].__mro__:

@@ -1,4 +1,4 @@
-"""Fit a temperature after training and fold it into the classifier's last layer, on evidence only."""
+"""After training, fit a temperature and fold it into the classifier's last layer if the evidence supports it."""
 
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +21,7 @@ PREFIX = "calibration"
 
 @dataclass(frozen=True)
 class CalibrationOutcome:
-    """What calibrating at the end of training came to.
+    """Result of temperature scaling at the end of training.
 
     Attributes:
         scaling: The temperature that was fitted.

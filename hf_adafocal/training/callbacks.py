@@ -1,4 +1,4 @@
-"""Callbacks that move a loss during training and keep its adaptive state in checkpoints."""
+"""Callbacks that update an adaptive loss during training and save its state in checkpoints."""
 
 import copy
 import math
@@ -46,11 +46,11 @@ class FirstStepCheck(TrainerCallback):
         self._done = False
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Wait for the first step."""
+        """Arm the check for the first step."""
         self._done = False
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Call it once."""
+        """Call the function, once per run."""
         if not self._done:
             self._done = True
             self.check()
@@ -140,7 +140,7 @@ class AdaptiveStateCallback(SaveAfterEvaluation):
         logger.info(f"Restored the loss's table after {self.updates} updates from the best checkpoint, {best}.")
 
     def note_update(self, state, **readings: float) -> None:
-        """Keep and log what the loss has become."""
+        """Record and log the loss's state after an update."""
         self.updates += 1
         self._trace(state)
         self._export(state)
@@ -233,7 +233,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
         self._missed: set[str] = set()  # prefixes of evaluations that moved nothing
 
     def on_train_begin(self, args, state, control, **kwargs):
-        """Restore the state; evaluations count from now on."""
+        """Restore the state, and let evaluations update gamma from now on."""
         if args.eval_strategy == IntervalStrategy.NO and self.evaluate is None:
             raise ValueError(
                 "Gamma moves when the trainer evaluates, but eval_strategy is 'no', so it would never move. Set "
@@ -245,7 +245,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
         self._describe(args, state)
 
     def on_epoch_begin(self, args, state, control, **kwargs):
-        """Refuse to go on if an epoch's evaluations were all of other sets."""
+        """Raise if the last epoch evaluated only other sets than the calibration set."""
         self._check_that_gamma_moved()
 
     def _check_that_gamma_moved(self) -> None:
@@ -265,13 +265,13 @@ class AdaFocalCallback(AdaptiveStateCallback):
             control.should_save, control.should_log = saving, logging_
 
     def on_train_end(self, args, state, control, **kwargs):
-        """Restore the best checkpoint's table; later evaluations leave gamma alone."""
+        """Restore the best checkpoint's table; later evaluations do not update gamma."""
         self._training = False
         self._check_that_gamma_moved()
         super().on_train_end(args, state, control, **kwargs)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
-        """Move gamma if this was the evaluation to wait for."""
+        """Update gamma if this was an evaluation of the calibration set."""
         if not self._training or state.global_step <= self._first_step:  # also `eval_on_start`
             return
         # The Trainer adds a run time to the metrics of every evaluation.
@@ -285,7 +285,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
             self.note_update(state)
 
     def _describe(self, args, state) -> None:
-        """Say how often gamma will move, and what few updates mean."""
+        """Log how often gamma will be updated, and warn if that is too rare."""
         expected = expected_evaluations(args, state)
         samples = f" and {self.calibration_text}" if self.calibration_text else ""
         text = f"{type(self.loss).__name__} with {self.loss.num_bins} bins{samples}: gamma will move {expected} times"
@@ -300,7 +300,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
 
 
 def expected_evaluations(args: Any, state: Any) -> int:
-    """How many evaluations a training run makes from its start to its end."""
+    """Compute how many evaluations a training run makes from start to end."""
     epochs = math.ceil(state.num_train_epochs)
     if args.eval_strategy == IntervalStrategy.NO:
         return epochs
@@ -316,7 +316,7 @@ def expected_evaluations(args: Any, state: Any) -> int:
 
 
 class SmoothingCallback(AdaptiveStateCallback):
-    """Steer label smoothing by the temperature of slices of the calibration set, some ten times a run.
+    """Adapt label smoothing to the temperature of slices of the calibration set, about ten times a run.
 
     Args:
         loss: An `AdaptiveLoss` that follows the temperature.
@@ -369,7 +369,7 @@ class SmoothingCallback(AdaptiveStateCallback):
             )
 
     def on_step_end(self, args, state, control, **kwargs):
-        """Move the loss if the schedule says so."""
+        """Update the loss at the steps of the schedule."""
         super().on_step_end(args, state, control, **kwargs)
         if state.global_step not in self.schedule.steps:
             return
@@ -384,7 +384,7 @@ class SmoothingCallback(AdaptiveStateCallback):
 
 
 def _best_on_main_process(state: Any) -> tuple[str | None, Any]:
-    """The best checkpoint and its adaptive state, read where they were written: machines need not share a disk.
+    """Read the best checkpoint and its adaptive state on the main process; machines need not share a disk.
 
     Other machines do not even know the checkpoint, because the Trainer notes only one that it sees.
     """

@@ -1,4 +1,4 @@
-"""Which checkpoints of a run are complete, so that a run that was killed can go on."""
+"""Find the complete checkpoints of a run, from which an interrupted run can resume."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ logger = logging.get_logger(__name__)
 
 
 def last_complete_checkpoint(folder: str | Path) -> str | None:
-    """The latest checkpoint that a killed run can go on from.
+    """Return the latest complete checkpoint, from which an interrupted run can resume.
 
     `transformers.trainer_utils.get_last_checkpoint` takes the highest number, even if the run died while it wrote it.
     This one steps back until every part is there and can be read, and warns of what it passed over.
@@ -59,7 +59,7 @@ def check_checkpoint(checkpoint: str | Path) -> None:
 
 
 def read_state(checkpoint: str | Path) -> dict[str, Any]:
-    """The content of a checkpoint's `trainer_state.json`.
+    """Read a checkpoint's `trainer_state.json`.
 
     Raises:
         ValueError: If the file is missing, is not JSON, or is not the state of a Trainer.

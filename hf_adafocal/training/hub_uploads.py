@@ -1,4 +1,4 @@
-"""A Trainer whose uploads to the Hub hold the files of an allow-list, and no report of other weights."""
+"""Trainer that uploads only allow-listed files to the Hub, and no report of other weights."""
 
 import shutil
 import tempfile
@@ -81,7 +81,7 @@ class UploadingTrainer(RecordingTrainer):
 
     @cached_property
     def _client(self) -> HfApi:
-        """One client for all uploads: its background jobs run in their order."""
+        """The Hub client for all uploads: its background jobs run in order."""
         return HfApi()
 
     def _target(self, token: str | None = None, revision: str | None = None) -> dict[str, Any]:
@@ -90,7 +90,7 @@ class UploadingTrainer(RecordingTrainer):
         return {"repo_id": self.hub_model_id, "revision": revision, "token": token}
 
     def _presented(self, files: Mapping[str, Path]) -> dict[str, Path | bytes]:
-        """The files of the output folder, without a report of other weights."""
+        """Select the files of the output folder to upload, without a report of other weights."""
         found: dict[str, Path | bytes] = {**files}
         for path in results_of_other_weights(files, weights_hash(self.folder)):
             del found[path]
@@ -136,7 +136,7 @@ class UploadingTrainer(RecordingTrainer):
     def _in_background(
         self, target: dict[str, Any], files: Mapping[str, Path | bytes], message: str, inside: str | None = None
     ) -> Future:
-        """Commit a copy of the files, because training goes on and writes them anew."""
+        """Commit a copy of the files in the background, because training overwrites them meanwhile."""
         # Beside the run, on the disk that has room for it; hidden, so that no upload takes it for a part of the run.
         copies = tempfile.TemporaryDirectory(prefix=".upload-", dir=self.folder)
         staged: dict[str, Path | bytes] = {}

@@ -35,7 +35,7 @@ def reject_ignored_arguments(args: TrainingArguments, kwargs: dict) -> None:
 
 
 def check_model(model: Any, label_names: list[str], processing_class: Any = None) -> None:
-    """Check that a model is one of single-label classification: of samples, tokens or pixels.
+    """Check that a model is a single-label classifier of samples, tokens or pixels.
 
     Args:
         model: The model.

@@ -1,4 +1,4 @@
-"""Check that labels are classes of the model: in whole data sets before training, and in batches as they come."""
+"""Check that labels are classes of the model: in whole data sets before training, and in each batch."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -20,7 +20,7 @@ SHOWN = 5  # labels in a message
 
 
 def num_classes_of(model: Any) -> int | None:
-    """Number of classes that a model tells apart, by its config; None if the config does not say."""
+    """Return the number of classes of a model, by its config; None if the config does not say."""
     model = base_model(model)
     name = type(model).__name__
     known = "Classification" in name or "SemanticSegmentation" in name  # num_labels of other models means nothing
@@ -73,7 +73,7 @@ def check_labels(parts: Mapping[str, Any], model: Any, ignore_index: int = -100)
 class LabelCheck:
     """Check the labels of batches: all of them on the CPU, elsewhere the first of training and of evaluation.
 
-    A look at values on another device waits for it, so there later ones are left to the device's own assert.
+    Reading values on another device waits for it, so there later ones are left to the device's own assert.
 
     Args:
         model: Its config tells the number of classes; without one, only negative labels are wrong.
@@ -85,7 +85,7 @@ class LabelCheck:
         self._seen: set[bool] = set()  # training or evaluation
 
     def __call__(self, labels: Any, training: bool) -> None:
-        """Check a batch; what is no tensor of integers is left to `input_checks.check_batch`.
+        """Check the labels of a batch; labels that are no integer tensor are left to `input_checks.check_batch`.
 
         Args:
             labels: Of any shape.
@@ -137,7 +137,7 @@ def _shown(labels: Counter, unit: str) -> str:
 
 
 def _labels(dataset: Any) -> Iterator[np.ndarray]:
-    """The integer labels of a data set in parts: vectors of one label per row, or arrays of more dimensions."""
+    """Return the integer labels of a data set in parts: vectors of one label per row, or arrays of more dimensions."""
     if isinstance(dataset, datasets.Dataset):
         yield from _of_columns(dataset)
     elif isinstance(dataset, StackDataset) and isinstance(dataset.datasets, dict):

@@ -1,4 +1,4 @@
-"""Calibration in a training loop without a Trainer: evaluate held-out data and move the loss, in one call."""
+"""Calibration in a custom training loop without a Trainer: evaluate held-out data and update the loss in one call."""
 
 from collections.abc import Iterable, Mapping, Sized
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from hf_adafocal.training.sample_rows import COLUMNS, IGNORED, check_counts, sam
 
 
 class Calibration(NamedTuple):
-    """What `calibrate` measured.
+    """Calibration metrics that `calibrate` measured.
 
     Attributes:
         metrics: `accuracy`, `nll` (nats), `brier`, `ece` and `ada_ece`.
@@ -98,7 +98,7 @@ def calibrate(
 
 
 def _check_processes(dataloader: Any, accelerator: Accelerator | None) -> None:
-    """Refuse what would count a sample twice or never, or give every process a table of its own."""
+    """Reject set-ups that would count samples twice or never, or give each process a different table."""
     if accelerator is None:
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             raise ValueError(
@@ -122,13 +122,13 @@ def _check_processes(dataloader: Any, accelerator: Accelerator | None) -> None:
 
 
 def _generators(dataloader: Any) -> list[torch.Generator]:
-    """The generators that a dataloader and its sampler draw from; the training data may share them."""
+    """Return the generators that a dataloader and its sampler draw from; the training data may share them."""
     found = [getattr(owner, "generator", None) for owner in (dataloader, _sampler(dataloader))]
     return [generator for generator in found if generator is not None]
 
 
 def _sampler(dataloader: Any) -> Any:
-    """What orders the samples, beneath accelerate's wrappers; None if there is no such thing."""
+    """Return the sampler of a dataloader, beneath accelerate's wrappers; None if there is none."""
     owner = getattr(dataloader, "batch_sampler", None)
     while owner is not None and hasattr(owner, "batch_sampler"):
         owner = owner.batch_sampler

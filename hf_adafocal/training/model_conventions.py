@@ -1,4 +1,4 @@
-"""What a model expects of its labels (shifts, decoder inputs, ignored index) and what its own loss adds."""
+"""Conventions of a model's labels (shifts, decoder inputs, ignored index) and further terms of its own loss."""
 
 import inspect
 from collections.abc import Mapping
@@ -52,14 +52,14 @@ class ModelConventions:
         )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
-        """Inputs of the forward pass: the batch without labels, which would make the model compute its own loss."""
+        """Return the inputs of the forward pass: the batch without labels, so that the model computes no loss."""
         inputs = {name: value for name, value in batch.items() if name not in ("labels", "shift_labels")}
         if self.decoder_inputs is not None and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
             inputs["decoder_input_ids"] = self.decoder_inputs(labels=batch["labels"])
         return inputs
 
     def targets(self, batch: Mapping[str, Any], ignore_index: int) -> Tensor:
-        """Labels in the places of the logits that predict them, the labels' shape."""
+        """Return labels aligned with the logits that predict them, in the labels' shape."""
         if "shift_labels" in batch:  # of a collator that packs sequences
             return batch["shift_labels"]
         if not self.shifts_labels:
@@ -68,12 +68,12 @@ class ModelConventions:
 
 
 def base_model(model: Any) -> Any:
-    """The model beneath a PEFT wrapper; any other model as it is."""
+    """Return the model beneath a PEFT wrapper; any other model as it is."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def logits_of(outputs: Any, model_name: str) -> Tensor:
-    """The logits in a model's output: a dict with `logits`, a tuple that begins with them, or a tensor.
+    """Return the logits in a model's output: a dict with `logits`, a tuple that begins with them, or a tensor.
 
     Raises:
         ValueError: If a dict holds none.
@@ -91,7 +91,7 @@ def logits_of(outputs: Any, model_name: str) -> Tensor:
 
 
 class FurtherTerms:
-    """Keep the terms of a model's own loss beside the cross-entropy, such as those of auxiliary heads and routers.
+    """Keep the terms that a model adds to its cross-entropy, such as those of auxiliary heads and routers.
 
     Args:
         ignore_index: Label that does not count.
@@ -105,7 +105,7 @@ class FurtherTerms:
         self.ignore_index = ignore_index
         self.looked = self.found = False
 
-    def look(self, model: torch.nn.Module, batch: Mapping[str, Any], targets: Tensor) -> None:
+    def check(self, model: torch.nn.Module, batch: Mapping[str, Any], targets: Tensor) -> None:
         """Compare a model's own loss with the cross-entropy of its logits on a batch; warn if they differ.
 
         Args:
@@ -132,7 +132,7 @@ class FurtherTerms:
             )
 
     def of(self, loss: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
-        """The terms in a model's own loss, as a mean over the batch: the loss minus the mean cross-entropy."""
+        """Compute the terms in a model's own loss, as a mean over the batch: the loss minus the mean cross-entropy."""
         logits, targets = classes_second(logits, targets)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return loss.mean() - F.cross_entropy(logits, targets.long(), ignore_index=self.ignore_index)

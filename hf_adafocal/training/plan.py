@@ -1,4 +1,4 @@
-"""What a run trains with, resolved once: the loss, its settings, and the data sets in their roles."""
+"""Resolve what a run trains with, once: the loss, its settings, and the data sets in their roles."""
 
 import copy
 import math
@@ -66,7 +66,7 @@ class RunPlan:
 
     @property
     def adaptive(self) -> AdaptiveLoss | None:
-        """The part of the loss that follows the calibration set; None if nothing does."""
+        """The part of the loss that is updated from the calibration set; None if nothing is."""
         return adaptive_part(self.loss)
 
     @property
@@ -76,7 +76,7 @@ class RunPlan:
 
     @property
     def calibration_size(self) -> int | None:
-        """Rows of the calibration set; None if there is none or it is a stream."""
+        """Number of rows of the calibration set; None if there is none or it is a stream."""
         return (
             None
             if is_stream(self.calibration_dataset) or self.calibration_dataset is None
@@ -85,7 +85,7 @@ class RunPlan:
 
     @property
     def calibration_text(self) -> str:
-        """What the bins of the calibration set count, in words; empty if there is none or it is a stream."""
+        """Size of the calibration set in words: samples, sequences or pixels; empty for none and for a stream."""
         size, dataset = self.calibration_size, self.calibration_dataset
         if not size:
             return ""
@@ -107,17 +107,17 @@ class RunPlan:
         return f"eval_{next(iter(self.eval_dataset))}" if isinstance(self.eval_dataset, Mapping) else "eval"
 
     def with_loss(self, loss: nn.Module) -> "RunPlan":
-        """The plan with another loss, as in a trial of a search."""
+        """Return the plan with another loss, as in a trial of a hyperparameter search."""
         return replace(self, loss=loss)
 
     def weighted(self, args: TrainingArguments, model: Any) -> "RunPlan":
-        """The plan with the class weights that arguments ask for, counted on the rows that are trained on."""
+        """Return the plan with the class weights that arguments ask for, counted on the training rows."""
         if not self.from_arguments or getattr(args, "class_weights", None) != "balanced":
             return self
         return self.with_loss(build_run_loss(args, model, self.train_dataset))
 
-    def apart(self, train_dataset: Any, **content: Any) -> "RunPlan":
-        """The plan without the training rows that also stand in a held-out set.
+    def without_shared_rows(self, train_dataset: Any, **content: Any) -> "RunPlan":
+        """Return the plan without the training rows that also occur in a held-out set.
 
         Args:
             train_dataset: The training set as the Trainer holds it.
@@ -136,14 +136,14 @@ class RunPlan:
 
 
 def evaluated_as(calibration_dataset: Any, eval_dataset: Any) -> str | None:
-    """The prefix under which a Trainer evaluates the calibration set by itself; None if it does not."""
+    """Return the prefix under which a Trainer evaluates the calibration set by itself; None if it does not."""
     if isinstance(eval_dataset, Mapping):
         return next((f"eval_{name}" for name, entry in eval_dataset.items() if entry is calibration_dataset), None)
     return "eval" if eval_dataset is calibration_dataset else None
 
 
 def adaptive_part(loss: nn.Module) -> AdaptiveLoss | None:
-    """The part of a loss that follows held-out data; None if nothing does, or the loss is not of this package."""
+    """Return the part of a loss that is updated from held-out data; None if there is none."""
     return loss.adaptive if isinstance(loss, ClassificationLoss) else None
 
 
@@ -217,7 +217,7 @@ def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any = Non
 
 
 def _labels(dataset: Any) -> Iterator[Any]:
-    """The labels of each row of a data set: of the row, its tokens or its pixels."""
+    """Return the labels of a data set, row by row: one per row, token or pixel."""
     name = label_column(dataset)
     if name is None or is_stream(dataset):
         raise ValueError(
@@ -230,7 +230,7 @@ def _labels(dataset: Any) -> Iterator[Any]:
 
 
 def with_direction_of_best_metric(args: TrainingArguments) -> TrainingArguments:
-    """Arguments whose `greater_is_better` suits `metric_for_best_model`; a changed copy where it does not.
+    """Return arguments whose `greater_is_better` suits `metric_for_best_model`; a changed copy where it does not.
 
     `TrainingArguments` fill in True for every name without "loss" in it, which would keep the worst checkpoint by ECE.
     """
@@ -244,7 +244,7 @@ def with_direction_of_best_metric(args: TrainingArguments) -> TrainingArguments:
 
 
 def check_histogram(histogram: bool | None, adaptive: AdaptiveLoss | None) -> None:
-    """Check that a loss can move when evaluations are counted in a histogram.
+    """Check that a loss can be updated when evaluations are counted in a histogram.
 
     Raises:
         ValueError: If the loss needs statistics of single classes.
@@ -258,7 +258,7 @@ def check_histogram(histogram: bool | None, adaptive: AdaptiveLoss | None) -> No
 
 
 def is_stream(dataset: Any) -> bool:
-    """Whether a data set is read in order only, without a length."""
+    """Whether a data set is iterable only, without a length."""
     return dataset is not None and (isinstance(dataset, IterableDataset) or not hasattr(dataset, "__len__"))
 
 
@@ -295,7 +295,7 @@ def _split_off(plan: RunPlan, fraction: float, seed: int) -> RunPlan:
 
 
 def _entry(eval_dataset: Any, *, required: bool) -> Any:
-    """The calibration set among the evaluation sets."""
+    """Select the calibration set among the evaluation sets."""
     if not isinstance(eval_dataset, Mapping):
         return eval_dataset
     if CALIBRATION not in eval_dataset and required:

@@ -1,4 +1,4 @@
-"""Collect tensors over the processes of a distributed run, those that see the same batches counted as one."""
+"""Collect tensors over the processes of a distributed run; processes that see the same batches count as one."""
 
 from typing import Any
 
@@ -41,7 +41,7 @@ class DataProcesses:
 
     @property
     def device(self) -> torch.device:
-        """Where tensors must lie to be collected: the backend nccl takes those of the accelerator alone."""
+        """Device on which tensors must lie to be collected: the backend nccl takes those of the accelerator alone."""
         return self.accelerator.device
 
     def gather(self, rows: Tensor, pad_index: float | None = None) -> Tensor:
@@ -72,7 +72,7 @@ class DataProcesses:
         return self.accelerator.reduce(values)
 
     def without_padding(self, labels: Tensor, ignore_index: int) -> Tensor:
-        """Labels with `ignore_index` in the samples that accelerate repeated to fill the last batch.
+        """Mark with `ignore_index` the samples that accelerate repeated to fill the last batch.
 
         Args:
             labels: Of the batch that a dataloader of `accelerator.prepare` has just given, shape `(n, ...)`.

@@ -30,7 +30,7 @@ MOST_SAMPLES = 4_000_000  # tokens or pixels kept one by one (160 MB); beyond it
 
 
 class SampleCollector:
-    """Keep the five numbers of every sample of an evaluation: exact, 40 bytes per sample.
+    """Keep five numbers per sample of an evaluation: exact, 40 bytes per sample.
 
     Rows stay on their device until `finish` copies them to the CPU at once, so no batch waits for the device.
 
@@ -44,7 +44,7 @@ class SampleCollector:
         self.not_finite = 0
 
     def add(self, rows: Tensor) -> None:
-        """Add the rows of a batch of all processes, shape `(..., 5)`; ignored ones are dropped by `finish`."""
+        """Add the rows of a batch from all processes, shape `(..., 5)`; `finish` drops ignored ones."""
         self.waiting.append(rows.reshape(-1, rows.shape[-1]))
 
     def finish(self, processes: DataProcesses | None = None) -> None:
@@ -57,15 +57,15 @@ class SampleCollector:
         return len(self._rows)
 
     def metrics(self, num_bins: int = 15) -> dict[str, float]:
-        """`accuracy`, `nll` (nats), `brier`, `ece` and `ada_ece` of the samples, at least one."""
+        """Compute `accuracy`, `nll` (nats), `brier`, `ece` and `ada_ece` of the samples, at least one."""
         return sample_metrics(self._rows, num_bins)
 
     def statistics(self, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
-        """`equal_mass_statistics` of the samples, at least one."""
+        """Compute `equal_mass_statistics` of the samples, at least one."""
         return equal_mass_statistics(self._rows, num_bins, num_classes)
 
     def diagram(self, num_bins: int = 15) -> BinStats:
-        """Bins of equal width, for a reliability diagram of the samples, at least one."""
+        """Compute equal-width bins for a reliability diagram of the samples, at least one."""
         return binned(self._rows[:, 0], self._rows[:, 1], num_bins)
 
 
@@ -143,7 +143,7 @@ Collector = SampleCollector | HistogramCollector
 
 
 class EvaluationRecorder:
-    """Record what a model predicts in each evaluation of a Trainer, over all processes, every sample once.
+    """Record the predictions of each evaluation of a Trainer over all processes, every sample once.
 
     Args:
         processes: Of the run.
@@ -261,7 +261,7 @@ class EvaluationRecorder:
         return metrics
 
     def abort(self) -> None:
-        """Forget an evaluation that failed."""
+        """Discard an evaluation that failed."""
         self.active, self._collector = False, None
 
     def _keep(self, logits: Tensor, labels: Tensor) -> None:
@@ -284,7 +284,7 @@ class EvaluationRecorder:
         return SampleCollector()
 
     def _limit_memory(self) -> None:
-        """Go over to a histogram where a stream turns out to be long."""
+        """Switch to a histogram if a stream turns out to be long."""
         if self.histogram is not None or not isinstance(self._collector, SampleCollector):
             return
         if sum(map(len, self._collector.waiting)) > MOST_SAMPLES:
@@ -295,7 +295,7 @@ class EvaluationRecorder:
             self._collector = counting
 
     def _gathered(self, rows: Tensor) -> Tensor:
-        """Rows of all processes, shape `(n, 5)`, in the order of the data."""
+        """Gather rows of all processes, shape `(n, 5)`, in the order of the data."""
         flat = rows.reshape(-1, rows.shape[-1])
         ragged = rows.ndim > 2 or not self.processes.accelerator.even_batches  # lengths may differ by process
         return self.processes.gather(flat, IGNORED if ragged else None)

@@ -20,7 +20,7 @@ Logits = tuple[np.ndarray, np.ndarray]
 
 
 class RecordingTrainer(ResumableTrainer):
-    """A `Trainer` that records its evaluations; it knows nothing of the training loss.
+    """A `Trainer` that records its evaluations, independent of the training loss.
 
     `begin_recording` must be called once after construction. A subclass whose `compute_loss` sees logits hands them
     to `recorder.observe` and sets `batch_recorded`; else they are taken from the prediction step.
@@ -42,7 +42,7 @@ class RecordingTrainer(ResumableTrainer):
 
     @property
     def network(self) -> nn.Module:
-        """The model, without what accelerate wraps around it."""
+        """The model without accelerate's wrappers."""
         if self.model is None:
             raise RuntimeError("The trainer has no model yet: `model_init` makes it when training begins.")
         return self.model
@@ -73,7 +73,7 @@ class RecordingTrainer(ResumableTrainer):
         return (loss, None, None) if prediction_loss_only else (loss, logits, labels)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
-        """As `Trainer.evaluate`; the loss heeds evaluations of the trainer's own data sets alone."""
+        """Evaluate as `Trainer.evaluate`; only evaluations of the trainer's own data sets update the loss."""
         outer = self.evaluated_dataset
         self.evaluated_dataset = self.eval_dataset if eval_dataset is None else eval_dataset
         if isinstance(self.evaluated_dataset, str) and isinstance(self.eval_dataset, dict):  # the name of an entry

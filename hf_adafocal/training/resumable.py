@@ -1,4 +1,4 @@
-"""A Trainer whose runs survive a crash: exact resume from the last complete checkpoint."""
+"""Trainer with exact resume from the last complete checkpoint after a crash."""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from hf_adafocal.training.checkpoints import last_complete_checkpoint
 
 
 class ResumableTrainer(Trainer):
-    """A `Trainer` that resumes exactly and never resumes from a checkpoint that is not complete.
+    """A `Trainer` that resumes exactly, and only from complete checkpoints.
 
     A checkpoint is complete once its `trainer_state.json` stands: the Trainer writes it last, and every process has
     written its random state by then. The stock Trainer gives no such order.
@@ -39,7 +39,7 @@ class ResumableTrainer(Trainer):
         return super().train(resume_from_checkpoint, *args, **kwargs)
 
     def check_resume(self, checkpoint: str) -> None:
-        """Check what a subclass restores from a checkpoint, before anything is loaded; nothing here."""
+        """Check what a subclass restores from a checkpoint before anything is loaded; nothing here."""
 
     def _run_epoch(self, *args, **kwargs):
         if self.state.global_step >= self.state.max_steps:

@@ -30,7 +30,7 @@ logger = logging.get_logger(__name__)
 def report_of(
     trainer: "AdaFocalTrainer", test_dataset: Any = None, *, ood: tuple[str, Any] | None = None, **facts: Any
 ) -> Report:
-    """Measure a trainer's model as it is now and report it.
+    """Measure a trainer's current model and build its report.
 
     Args:
         trainer: Trained or not.
@@ -75,7 +75,7 @@ def adaptation_pictures_of(trainer: "AdaFocalTrainer") -> dict[str, Any]:
 
 
 def save_with_weights(trainer: "AdaFocalTrainer", report: Report) -> None:
-    """Write a report into the trainer's folder; the model first, if the weights there are others."""
+    """Write a report into the trainer's folder, and save the model first if the weights there are others."""
     stale = trainer.is_world_process_zero() and is_stale(trainer.folder, report)
     (stale,) = broadcast_object_list([stale])
     if stale:
@@ -85,7 +85,7 @@ def save_with_weights(trainer: "AdaFocalTrainer", report: Report) -> None:
 
 
 def current_report(trainer: "AdaFocalTrainer") -> tuple[Report | None, bool]:
-    """The report in the trainer's folder, on the main process, and whether it describes the model as it is."""
+    """Read the report in the trainer's folder on the main process, and whether it describes the current model."""
     report = None
     if trainer.is_world_process_zero():
         try:
@@ -98,7 +98,7 @@ def current_report(trainer: "AdaFocalTrainer") -> tuple[Report | None, bool]:
 
 
 def card_options(trainer: "AdaFocalTrainer", *args: Any, **kwargs: Any) -> dict[str, Any]:
-    """Options of `report.card.write_card` that arguments of `Trainer.create_model_card` stand for."""
+    """Convert arguments of `Trainer.create_model_card` to options of `report.card.write_card`."""
     given = inspect.signature(Trainer.create_model_card).bind(trainer, *args, **kwargs).arguments
     names = {"model_name": "name", "finetuned_from": "base_model", "dataset_tags": "datasets"}
     names |= {name: name for name in ("language", "license", "tags")}
@@ -107,7 +107,7 @@ def card_options(trainer: "AdaFocalTrainer", *args: Any, **kwargs: Any) -> dict[
 
 
 def tensorboard_writer_of(trainer: "AdaFocalTrainer") -> Any:
-    """The TensorBoard writer of a run; None if it has none."""
+    """Return the TensorBoard writer of a run; None if it has none."""
     callbacks = trainer.callback_handler.callbacks
     return next((found.tb_writer for found in callbacks if isinstance(found, TensorBoardCallback)), None)
 
@@ -125,7 +125,7 @@ def _measured_set(trainer: "AdaFocalTrainer", test_dataset: Any) -> tuple[str, A
 
 
 def _results(trainer: "AdaFocalTrainer", split: str, metrics: Mapping[str, float]) -> Collected:
-    """Metrics of an evaluation whose logits were too many to keep."""
+    """Wrap the metrics of an evaluation whose logits were too many to keep."""
     collected = trainer.recorder.samples[split]
     names = collected.metrics(trainer.plan.num_bins)
     found = {name: metrics[name] for name in names}

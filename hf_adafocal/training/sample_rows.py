@@ -19,7 +19,7 @@ CHUNK_VALUES = 1 << 24  # logits that are turned into probabilities at once: 64 
 
 
 def sample_rows(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """Confidence, correctness, NLL, predicted class and Brier score of each sample.
+    """Compute confidence, correctness, NLL, predicted class and Brier score of each sample.
 
     Args:
         logits: Classes last, shape `(N, C)` or `(N, d1, ..., C)`; computed in float32 or wider, in chunks.
@@ -58,7 +58,7 @@ def _rows_of(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def mean_nll(rows: Tensor) -> Tensor:
-    """Mean NLL of the rows that count, a scalar in nats; NaN if none does."""
+    """Compute the mean NLL of the labelled rows, a scalar in nats; NaN if there are none."""
     counted = rows[..., 0] != IGNORED
     return rows[..., 2].where(counted, 0).sum() / counted.sum()
 
@@ -70,7 +70,7 @@ def counted_rows(rows: Tensor | np.ndarray) -> np.ndarray:
 
 
 def split_finite(rows: np.ndarray) -> tuple[np.ndarray, int]:
-    """Separate rows whose numbers are all finite from the number of rows that hold NaN or infinity."""
+    """Separate the finite rows, and count the rows that hold NaN or infinity."""
     finite = np.isfinite(rows).all(axis=1)
     return rows[finite], int(len(rows) - finite.sum())
 

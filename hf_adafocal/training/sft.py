@@ -110,7 +110,7 @@ class AdaFocalSFTTrainer(RecordingTrainer, SFTTrainer):
         return self.recorder.calibration.statistics(self.num_bins)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """As `SFTTrainer.compute_loss`, with the loss of each token modulated while training."""
+        """Compute the loss as `SFTTrainer.compute_loss`, with the loss of each token modulated while training."""
         model = _Modulated(model, self.loss) if self.network.training else model
         return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
 
@@ -183,7 +183,7 @@ class AdaFocalSFTTrainer(RecordingTrainer, SFTTrainer):
 
 
 class _Modulated:
-    """A model whose fused head returns the modulated loss of each token, negative, in place of its log-probability."""
+    """Model wrapper whose fused head returns the modulated loss per token, negated, instead of the log-probability."""
 
     def __init__(self, model: Any, loss: FocalFamilyLoss) -> None:
         self.model, self.loss = model, loss
@@ -210,7 +210,7 @@ def _check_loss(loss: Any, args: Any, kwargs: dict[str, Any]) -> None:
 
 
 def _texts(inputs: dict[str, Any], labels: Tensor, ignore_index: int) -> Tensor:
-    """The next token at each position: the label where there is one, and that of a prompt; not padding.
+    """Return the next token at each position: the label, or the prompt's token where labels are masked; no padding.
 
     The first token of a text that follows another in one row (its position is 0) is no continuation of it.
     """
@@ -226,6 +226,6 @@ def _texts(inputs: dict[str, Any], labels: Tensor, ignore_index: int) -> Tensor:
 
 
 def _scale(config: Any) -> float:
-    """Factor of the logits after the head, as Cohere and Granite have it."""
+    """Return the factor that a model applies to the logits after the head, as Cohere and Granite do."""
     factor, divisor = getattr(config, "logit_scale", None), getattr(config, "logits_scaling", None)
     return float(factor) if factor is not None else 1.0 if divisor is None else 1 / float(divisor)

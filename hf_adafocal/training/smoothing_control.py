@@ -1,4 +1,4 @@
-"""Controller of adaptive label smoothing: it steers epsilon so that the best temperature of the logits stays 1.
+"""Controller of adaptive label smoothing: it adjusts epsilon so that the best temperature of the logits stays 1.
 
 Some ten times a run epsilon moves in proportion to log T, the logarithm of the temperature that fits a slice of the
 calibration set: an over-confident model (T > 1) gets more smoothing, an under-confident one less.
@@ -31,7 +31,7 @@ STEPS_PER_UPDATE = 10  # at least, so that a model has answered one update befor
 
 
 def temperature_sums(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Tensor:
-    """What a Newton step towards the best temperature needs of a batch; sums of batches and processes add up.
+    """Compute the sums of a batch for a Newton step towards the best temperature; batches and processes add up.
 
     With `m` and `v` the mean and variance of a sample's logits under its own softmax, the NLL of `logits / T` has
     derivative `sum(m - z_label)` and curvature `sum(v)` in `1 / T` at T = 1.
@@ -65,10 +65,10 @@ def temperature_sums(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
 
 
 def log_temperature(sums: Tensor) -> float:
-    """Log of the temperature that fits held-out samples, one Newton step from T = 1, as far as they are evidence.
+    """Estimate the log of the best temperature of held-out samples: one Newton step from T = 1, with a prior on T.
 
-    The curvature is how much the samples tell of 1 / T (their Fisher information), and it is added to that of a prior
-    by which 1 / T is 1, give or take a quarter. So a few certain predictions, or an untrained model's, move little.
+    The curvature is the Fisher information of the samples about 1 / T, and that of a normal prior with mean 1 and
+    standard deviation 1/4 is added to it. So a few certain predictions, or an untrained model's, move little.
 
     Args:
         sums: Of `temperature_sums`, over at least one sample.
@@ -95,13 +95,13 @@ def log_temperature(sums: Tensor) -> float:
 
 
 def gain_of_update(gain: float, update: int, updates: int) -> float:
-    """What an update moves per unit of log T: shares of the run's gain that rise linearly, in sum all of it.
+    """Return the gain of one update, per unit of log T: shares of the run's gain that rise linearly and sum to it.
 
     Early calibration says little of the end's: an untrained model is under-confident, one at a high learning rate
-    often over-confident, and what a knob gathers then it must lose again. Fewer than ten updates take no leaps.
+    often over-confident, and what the setting gains then it must lose again. Fewer than ten updates take no leaps.
 
     Args:
-        gain: Of the run, in units of the knob.
+        gain: Of the run, in units of the setting.
         update: Number of the update, from 0.
         updates: How many the run has.
 
@@ -113,11 +113,11 @@ def gain_of_update(gain: float, update: int, updates: int) -> float:
 
 @dataclass(frozen=True)
 class Schedule:
-    """At which steps a run measures which calibration samples; a function of its length alone, so that it can resume.
+    """Steps at which a run updates the smoothing, and on which calibration samples; computed from its length alone.
 
     Attributes:
-        steps: Optimizer steps after which the knob moves, ascending.
-        slice_size: Calibration samples of one look.
+        steps: Optimizer steps after which the setting is updated, ascending.
+        slice_size: Calibration samples per update.
     """
 
     steps: tuple[int, ...]
@@ -144,7 +144,7 @@ def schedule(
     samples: int | None = None,
     processes: int = 1,
 ) -> Schedule:
-    """Updates that spread over a run and cost about 5 % of its compute: at most 20, each on 64 to 256 samples.
+    """Spread updates over a run at about 5 % of its compute: at most 20, each on 64 to 256 samples.
 
     Args:
         total_steps: Optimizer steps of the run.

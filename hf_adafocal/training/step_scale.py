@@ -1,4 +1,4 @@
-"""Scale the loss of a batch so that an optimizer step follows the mean, or the sum, over all of its samples."""
+"""Scale the loss of a batch so that an optimizer step uses the mean, or the sum, over all of its samples."""
 
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 class StepScale:
-    """Counts and factors by which micro-batches and processes of any size add up to one loss.
+    """Counts and factors by which the losses of unequal micro-batches and processes add up to one mean.
 
     Args:
         trainer: The trainer whose steps are scaled.
@@ -21,13 +21,13 @@ class StepScale:
         self._trainer = trainer
 
     def count(self, labels: Tensor) -> Tensor:
-        """Labels of a batch that count, by their class weights if the loss has some, a scalar."""
+        """Count the labels of a batch that are not ignored, by their class weights if the loss has some, a scalar."""
         trainer = self._trainer
         count = getattr(trainer.loss, "count", None)
         return (labels != trainer.ignore_index).sum() if count is None else count(labels)
 
     def count_of_step(self, targets: Iterable[Tensor], device: torch.device) -> Tensor:
-        """Labels of all micro-batches and processes of an optimizer step.
+        """Count the labels of all micro-batches and processes of an optimizer step.
 
         Args:
             targets: Labels of each micro-batch of this process.
@@ -50,7 +50,7 @@ class StepScale:
         return count
 
     def divisor(self, items_in_step: Any) -> Any:
-        """What the summed loss of a batch is divided by, from the count of its step."""
+        """Return the divisor of a batch's summed loss, from the count of its step."""
         if self._trainer.plan.reduction == "sum":
             return 1
         if isinstance(items_in_step, Tensor) and items_in_step.numel() > 1:  # DataParallel repeats the count
@@ -61,14 +61,14 @@ class StepScale:
 
     @property
     def factor(self) -> int:
-        """Factor that undoes the mean which distributed training takes over processes with different batches."""
+        """Return the factor that undoes the averaging over processes in distributed training."""
         trainer = self._trainer
         if trainer.plan.reduction == "sum" or trainer.args.average_tokens_across_devices:
             return trainer.processes.count
         return 1
 
     def share(self, labels: Tensor, items_in_step: Any) -> Any:
-        """Factor that turns a mean over a batch into its share of the loss of the step."""
+        """Return the factor that turns a mean over a batch into its share of the loss of the step."""
         if items_in_step is None and self._trainer.plan.reduction != "sum":
             return 1
         return self.count(labels) / self.divisor(items_in_step) * self.factor

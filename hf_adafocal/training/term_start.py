@@ -1,4 +1,4 @@
-"""Callback that tells a loss how much of the run is done, for a batch term that starts in the course of it."""
+"""Callback that reports training progress to a loss whose batch term starts partway through the run."""
 
 from torch import nn
 from transformers import TrainerCallback
@@ -17,6 +17,6 @@ class TermStart(TrainerCallback):
         self.loss = loss
 
     def on_step_begin(self, args, state, control, **kwargs):
-        """Set the share of the optimizer steps that are done; a resumed run goes on from its own."""
+        """Set the fraction of optimizer steps that are done; a resumed run continues from its own."""
         if hasattr(self.loss, "progress"):
             self.loss.progress = state.global_step / max(state.max_steps, 1)

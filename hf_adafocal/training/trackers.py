@@ -79,12 +79,12 @@ def _log_to_trackio(pictures: Mapping[str, Any], step: int) -> None:
 
 
 def _caption(step: int) -> str:
-    """The step, which the galleries do not show: theirs counts the rows that were logged."""
+    """Make a caption with the step, which the trackers' galleries do not show."""
     return f"optimizer step {step}"
 
 
 def _pixels(figure: Any) -> Any:
-    """RGB values of a figure, shape (height, width, 3), uint8."""
+    """Render a figure as RGB values, shape (height, width, 3), uint8."""
     import numpy as np
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 

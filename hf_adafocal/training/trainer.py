@@ -133,7 +133,7 @@ class AdaFocalTrainer(UploadingTrainer):
         ignore_index = getattr(plan.loss, "ignore_index", self.conventions.ignore_index)
         check_model(self.model, self.label_names, self.processing_class)
         check_data_sets(plan, self.model, ignore_index)
-        self.plan = plan.apart(self.train_dataset, **self._content()).weighted(self.args, self.model)
+        self.plan = plan.without_shared_rows(self.train_dataset, **self._content()).weighted(self.args, self.model)
         self.train_dataset = self.plan.train_dataset
         # compute_loss divides by the number of labels itself, so the Trainer must always count them.
         self.model_accepts_loss_kwargs = True
@@ -152,7 +152,7 @@ class AdaFocalTrainer(UploadingTrainer):
 
     @property
     def calibration_dataset(self) -> Any:
-        """The held-out set that moves the loss and fits the temperature; None if nothing needs one."""
+        """The held-out set that updates the loss and fits the temperature; None if nothing needs one."""
         return self.plan.calibration_dataset
 
     @property
@@ -186,7 +186,7 @@ class AdaFocalTrainer(UploadingTrainer):
         return {name: getattr(self.args, argument, None) for name, argument in named}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
-        """As `ResumableTrainer.train`; a damaged checkpoint changes nothing, and `calibrate_at_end` is heeded.
+        """Train as `ResumableTrainer.train`; checks checkpoints first and applies `calibrate_at_end`.
 
         Raises:
             ValueError: If no checkpoint is complete, the state of the one to resume from is not what a run writes, or
@@ -215,7 +215,7 @@ class AdaFocalTrainer(UploadingTrainer):
                 self.adaptive_callback.check_saved(saved, str(Path(checkpoint) / STATE_FILE))
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        """Loss summed over samples and divided by the labels of the whole optimizer step; the NLL when evaluating.
+        """Compute the loss: a sum over samples, divided by the labels of the optimizer step; the NLL in evaluations.
 
         Accumulated micro-batches of any size and any number of processes give the gradient of the mean loss.
         """
@@ -228,7 +228,7 @@ class AdaFocalTrainer(UploadingTrainer):
         self.check_labels(targets, model.training)
         if model.training and not self._further_terms.looked and not self.is_fsdp_enabled:
             with self.compute_loss_context_manager():
-                self._further_terms.look(self.network, inputs, targets)
+                self._further_terms.check(self.network, inputs, targets)
         kept = model.training and self._further_terms.found
         outputs = model(**inputs) if kept else model(**self.conventions.inputs(inputs))
         logits = logits_of(outputs, type(self.model).__name__)
@@ -284,7 +284,7 @@ class AdaFocalTrainer(UploadingTrainer):
         return cross_entropy(*classes_second(logits, targets), ignore_index=self.ignore_index)
 
     def calibration_statistics(self) -> BinStats:
-        """Statistics of the calibration set under the current model, in equal-mass bins of its confidences.
+        """Compute statistics of the calibration set under the current model, in equal-mass bins of its confidences.
 
         If the Trainer evaluates the calibration set these are the samples of its last evaluation; a calibration set
         of its own is evaluated now, under the prefix "eval_calibration".
@@ -326,7 +326,7 @@ class AdaFocalTrainer(UploadingTrainer):
         self.evaluate(self.calibration_dataset, metric_key_prefix=prefix)
 
     def write_report(self, test_dataset: Any = None, **facts: Any) -> Report:
-        """Measure the model as it is and write `report.json`, pictures and the model card into `output_dir`.
+        """Measure the current model and write `report.json`, pictures and the model card into `output_dir`.
 
         If the folder holds other weights the model is saved first, so that report and weights belong together.
 
@@ -343,7 +343,7 @@ class AdaFocalTrainer(UploadingTrainer):
         return report
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """Write the card with the calibration report of the weights in hand; what a person wrote stays.
+        """Write the model card with the calibration report of the current weights; what a person wrote stays.
 
         A report in the output folder that describes other weights is not shown; without one of these weights the first
         evaluation set is measured. Without a set to measure it is the Trainer's own card, whose arguments these are.

@@ -1,4 +1,4 @@
-"""Adaptive ECE (AdaECE): the mean gap between confidence and accuracy over bins of about equally many samples."""
+"""Adaptive ECE (AdaECE): the mean gap between confidence and accuracy over bins of about equal sample counts."""
 
 import evaluate
 

@@ -1,4 +1,4 @@
-"""Expected calibration error (ECE): the mean gap between confidence and accuracy over bins of one width."""
+"""Expected calibration error (ECE): the mean gap between confidence and accuracy over bins of equal width."""
 
 import evaluate
 

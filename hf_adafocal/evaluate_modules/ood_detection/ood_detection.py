@@ -1,4 +1,4 @@
-"""Out-of-distribution detection: how well a score tells in-distribution from out-of-distribution samples."""
+"""Out-of-distribution detection: how well a score separates in-distribution from out-of-distribution samples."""
 
 import evaluate
 import numpy as np
@@ -17,7 +17,7 @@ _CITATION = """
 
 
 class OODDetection(base.ScoreMetric):
-    """AUROC, AUPR of either kind and the false-positive rate at 95 % recall, fractions in [0, 1]."""
+    """AUROC, AUPR with either class as positive, and the false-positive rate at 95 % recall, fractions in [0, 1]."""
 
     def _info(self) -> evaluate.MetricInfo:
         return self.metric_info(__doc__, _CITATION)
