@@ -99,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
         "go to every run, as in `hf-adafocal train`; settings of one loss go to that loss.",
         "hf-adafocal compare vision --losses cross_entropy adafocal --seeds 0 1 2", passed_on=_training_arguments,
     )  # fmt: skip
-    compare.add_argument("task", choices=("text", "vision"))
+    compare.add_argument("task", choices=("text", "vision", "segmentation"))
     compare.add_argument(
         "--losses",
         nargs="+",
@@ -145,7 +145,7 @@ def _parser() -> argparse.ArgumentParser:
         help="one temperature (default), or a factor and an offset per class",
     )
     for measured in (evaluate, scale):
-        measured.add_argument("task", choices=("text", "vision"))
+        measured.add_argument("task", choices=("text", "vision", "segmentation"))
         measured.add_argument("checkpoint", help="a folder or a Hub id")
         measured.add_argument("--seed", type=int, help="seed of the splits (default: that of the run, or 0)")
         measured.add_argument("--num-bins", type=int, default=15, help="bins of the metrics (default: 15)")
@@ -220,6 +220,11 @@ def _parser() -> argparse.ArgumentParser:
         nargs=2,
         metavar=("PROBABILITIES", "LABEL"),
         help="columns of the class probabilities and the label (default: probabilities label)",
+    )
+    gate.add_argument(
+        "--group-column",
+        help="column of groups whose samples are not independent, such as the image of a pixel (default: group if the "
+        "file has it)",
     )
     return parser
 
@@ -340,7 +345,7 @@ def _publish_metric(options: argparse.Namespace, rest: list[str]) -> int:
 
 def _gate(options: argparse.Namespace, rest: list[str]) -> int:
     from hf_adafocal.metrics.gate import calibration_gate
-    from hf_adafocal.metrics.prediction_files import read_predictions
+    from hf_adafocal.metrics.prediction_files import read_groups, read_predictions
 
     confidence, correct = read_predictions(
         options.predictions,
@@ -353,6 +358,7 @@ def _gate(options: argparse.Namespace, rest: list[str]) -> int:
         max_ece=options.max_ece,
         confidence_level=options.confidence,
         num_bins=options.num_bins,
+        groups=read_groups(options.predictions, options.group_column),
     )
     print(result.message)
     return 0 if result.passed else 1

@@ -69,7 +69,7 @@ def bootstrap_interval(
     """
     _check_options(num_resamples, level)
     samples = _same_length(arrays)
-    resampled = [metric(*(a[draw] for a in samples)) for draw in _draws(len(samples[0]), num_resamples, seed)]
+    resampled = [metric(*(a[draw] for a in samples)) for draw in draws(len(samples[0]), num_resamples, seed)]
     low, high = _quantiles(_finite(resampled), level)
     return Interval(float(metric(*samples)), float(low), float(high))
 
@@ -168,8 +168,8 @@ def paired_test(
         return metric(*(a[draw] for a in arrays_a)) - metric(*(b[draw] for b in arrays_b))
 
     _check_options(num_resamples, level)
-    resampled = [difference(draw) for draw in _draws(len(arrays[0]), num_resamples, seed)]
-    return _compared(float(difference(slice(None))), _finite(resampled), level)
+    resampled = [difference(draw) for draw in draws(len(arrays[0]), num_resamples, seed)]
+    return compared(float(difference(slice(None))), _finite(resampled), level)
 
 
 def paired_calibration_error_test(
@@ -224,7 +224,7 @@ def paired_calibration_error_test(
         gaps, resampled = _gaps(confidence, correct, num_bins, scheme, norm, num_resamples, seed)
         noise.append((resampled - gaps) @ slope_of_norm(gaps, norm))
     difference = errors[0] - errors[1]
-    return _compared(difference, difference - (noise[0] - noise[1]), level)
+    return compared(difference, difference - (noise[0] - noise[1]), level)
 
 
 def _gaps(
@@ -250,7 +250,7 @@ def _gaps(
     rank = np.empty(size, dtype=np.intp)
     rank[order] = np.arange(size)
     sums, counts = np.empty((num_resamples, len(count))), np.empty((num_resamples, len(count)))
-    for k, draw in enumerate(_draws(size, num_resamples, seed)):
+    for k, draw in enumerate(draws(size, num_resamples, seed)):
         times = np.bincount(rank[draw], minlength=size)
         np.add.reduceat(times * gap, starts, out=sums[k])
         counts[k] = np.add.reduceat(times, starts)
@@ -258,13 +258,21 @@ def _gaps(
     return weighted_gaps(np.add.reduceat(gap, starts) / count, count, norm), weighted_gaps(resampled, counts, norm)
 
 
-def _draws(size: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+def draws(size: int, num_resamples: int, seed: int) -> Iterator[np.ndarray]:
+    """Indices of the samples of each resample, shape `(size,)`, drawn with replacement."""
     generator = np.random.default_rng(seed)
     for _ in range(num_resamples):
         yield generator.integers(size, size=size)
 
 
-def _compared(difference: float, resampled: np.ndarray, level: float) -> PairedTest:
+def compared(difference: float, resampled: np.ndarray, level: float) -> PairedTest:
+    """The interval and p-value of a difference from its values on resamples.
+
+    Args:
+        difference: Metric of A minus metric of B.
+        resampled: The same on each resample, shape `(num_resamples,)`.
+        level: Of the interval, in (0, 1).
+    """
     low, high = _quantiles(resampled, level)
     tail = min(np.count_nonzero(resampled >= 0), np.count_nonzero(resampled <= 0))
     p_value = min(2 * (tail + 1) / (len(resampled) + 1), 1)

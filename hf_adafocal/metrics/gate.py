@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_adafocal.metrics.binning import Scheme, binned
+from hf_adafocal.metrics.groups import count_groups, grouped_error_interval
 from hf_adafocal.metrics.intervals import Interval, calibration_error_interval, count_above
 from hf_adafocal.metrics.validation import check_pairs
 
@@ -37,6 +38,7 @@ def calibration_gate(
     confidence_level: float = 0.95,
     num_bins: int = 15,
     scheme: Scheme = "equal_width",
+    groups: Any = None,
 ) -> GateResult:
     """Pass if the confidence interval of ECE ends at or below `max_ece`.
 
@@ -48,17 +50,20 @@ def calibration_gate(
 
     Args:
         confidence: Probability that the sample is correct, shape `(N,)`, in [0, 1].
-        correct: 1 where it was, 0 where it was not, shape `(N,)`; independent outcomes.
+        correct: 1 where it was, 0 where it was not, shape `(N,)`; independent outcomes, or independent groups of them.
         max_ece: The limit, a fraction in [0, 1].
         confidence_level: Level of the two-sided interval, in (0, 1).
         num_bins: Number of bins; fewer bins need fewer samples.
         scheme: As in `calibration_error`; "equal_mass" makes it a gate on AdaECE.
+        groups: Number or name of the group of each sample, shape `(N,)`, where samples are not independent, such as
+            the image of each pixel: the interval is then that of `grouped_error_interval`, which holds for many
+            groups. None if every sample is on its own.
 
     Returns:
         ECE, its interval, the verdict and one line about it.
 
     Raises:
-        ValueError: If `max_ece` is not in [0, 1], or as `calibration_error_interval`.
+        ValueError: If `max_ece` is not in [0, 1], or as `calibration_error_interval` or `count_groups`.
 
     Source: as `calibration_error_interval`, Clopper and Pearson 1934 and Hoeffding 1956.
 
@@ -72,14 +77,20 @@ def calibration_gate(
     if not 0 < confidence_level < 1:
         raise ValueError(f"confidence_level must lie strictly between 0 and 1, found {confidence_level}.")
     confidence, correct = check_pairs(confidence, correct)
-    interval = calibration_error_interval(confidence, correct, num_bins, scheme=scheme, level=confidence_level)
+    if groups is None:
+        interval = calibration_error_interval(confidence, correct, num_bins, scheme=scheme, level=confidence_level)
+        sampled = f"{len(confidence)} samples"
+    else:
+        counts = count_groups(confidence, correct, groups, binned(confidence, correct, num_bins, scheme).edges)
+        interval = grouped_error_interval(counts, confidence_level)
+        sampled = f"{len(confidence)} samples in {len(counts)} groups"
     passed = interval.high <= max_ece
     message = (
         f"{'PASS' if passed else 'FAIL'}: ECE {interval.value:.4g} ({confidence_level * 100:g}% interval "
-        f"{interval.low:.4g} to {interval.high:.4g}; {len(confidence)} samples, {num_bins} {scheme.replace('_', '-')} "
+        f"{interval.low:.4g} to {interval.high:.4g}; {sampled}, {num_bins} {scheme.replace('_', '-')} "
         f"bins); the upper end is {'within' if passed else 'above'} the limit {max_ece:g}"
     )
-    if interval.low <= max_ece < interval.high:
+    if interval.low <= max_ece < interval.high and groups is None:
         needed = samples_needed(
             confidence, max_ece=max_ece, confidence_level=confidence_level, num_bins=num_bins, scheme=scheme
         )

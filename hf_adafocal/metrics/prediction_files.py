@@ -15,6 +15,7 @@ from hf_adafocal.metrics.validation import as_array, check_pairs
 
 PAIR_COLUMNS = ("confidence", "correct")
 PROBABILITY_COLUMNS = ("probabilities", "label")
+GROUP_COLUMN = "group"  # samples that are not independent, such as the pixels of an image, have one name there
 CLASS_PREFIX = "prob_"  # `prob_cat, prob_dog, label` holds the probabilities of the classes cat and dog
 SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".npz", ".npy")
 
@@ -85,6 +86,29 @@ def read_predictions(
     except Exception as error:
         shown = [*chosen[:2], "...", chosen[-1]] if len(chosen) > 4 else chosen
         raise ValueError(f"{path}, columns {' and '.join(map(repr, shown))}: {_one_line(error)}") from error
+
+
+def read_groups(path: str | Path, column: str | None = None) -> np.ndarray | None:
+    """Read the group of each sample of a file of predictions, such as the image of each pixel.
+
+    Args:
+        path: As in `read_predictions`.
+        column: Name of the column; "group" if the file has it.
+
+    Returns:
+        Numbers or names, shape `(N,)`; None if no column is named and the file has no "group".
+
+    Raises:
+        ValueError: If the file cannot be read, or the column is missing or holds nulls.
+    """
+    path = Path(path)
+    table = _open(path)
+    if column is None and GROUP_COLUMN not in table:
+        return None
+    name = GROUP_COLUMN if column is None else column
+    if name not in table:
+        raise ValueError(f"{path}: no column {name!r}, found {_shown(list(table))}.")
+    return _column(path, name, table)
 
 
 class _Located(ValueError):

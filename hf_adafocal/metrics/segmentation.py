@@ -1,16 +1,19 @@
 """Metrics of dense prediction: calibration of foreground and of single images, overlap of classes, topology.
 
-Pixels of one image are not independent, so intervals resample images. Pooled over all pixels a calibration error is
-mostly that of the background, which is easy and large: that of the foreground and the mean over images stand beside
-it. The Betti error needs SciPy; everything else needs NumPy alone.
+Pixels of one image are not independent, so intervals and tests are over images. Pooled over all pixels a calibration
+error is mostly that of the background, which is easy and large: that of the foreground and the mean over images stand
+beside it. The Betti error and intervals need SciPy; everything else needs NumPy alone.
 """
 
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from hf_adafocal.betti import betti_numbers
 from hf_adafocal.metrics.binning import bin_statistics, equal_width_edges
+from hf_adafocal.metrics.bootstrap import PairedTest, compared, draws
+from hf_adafocal.metrics.groups import grouped_error_interval
 
 BACKGROUND = 0  # the class that is no object
 
@@ -40,6 +43,21 @@ class DenseCounts(NamedTuple):
     def num_pixels(self) -> int:
         """Pixels that count, of all images."""
         return int(self.bins[..., 0].sum())
+
+    def of_images(self, images: np.ndarray) -> "DenseCounts":
+        """The counts of some images, which may be named repeatedly."""
+        return DenseCounts(*(None if part is None else part[images] for part in self))  # type: ignore[arg-type]
+
+    def save(self, path: str | Path) -> None:
+        """Write the counts into an `.npz` file."""
+        parts = {name: part for name, part in self._asdict().items() if part is not None}
+        np.savez_compressed(path, **parts)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "DenseCounts":
+        """Read the counts from a file that `save` wrote."""
+        with np.load(path) as parts:
+            return cls(**parts)
 
 
 def count_dense(
@@ -146,11 +164,18 @@ def dense_metrics(counts: DenseCounts) -> dict[str, float]:
     >>> round(metrics["pixel_ece"], 3), round(metrics["dice"], 3), metrics["betti_0_error"]
     (0.35, 0.667, 0.0)
     """
+    return _metrics(counts)
+
+
+def _metrics(counts: DenseCounts, signs: dict[str, np.ndarray] | None = None) -> dict[str, float]:
+    """`dense_metrics`; with the signs of the bins' gaps given by name the pooled errors are linear in the counts."""
+    signs = signs or {}
     pixels = counts.bins.sum(axis=0)
-    found = {"pixel_accuracy": float(pixels[:, 1].sum() / pixels[:, 0].sum()), "pixel_ece": _ece(pixels)}
+    found = {"pixel_accuracy": float(pixels[:, 1].sum() / pixels[:, 0].sum())}
+    found["pixel_ece"] = _ece(pixels, signs.get("pixel_ece"))
     foreground = counts.foreground_bins.sum(axis=0)
     if foreground[:, 0].any():
-        found["foreground_ece"] = _ece(foreground)
+        found["foreground_ece"] = _ece(foreground, signs.get("foreground_ece"))
     per_image = [_ece(bins) for bins in counts.bins if bins[:, 0].any()]
     found["image_ece"] = float(np.mean(per_image))
     both, chosen, true = np.moveaxis(counts.overlap.sum(axis=0), -1, 0)
@@ -168,14 +193,18 @@ def dense_metrics(counts: DenseCounts) -> dict[str, float]:
     return found
 
 
-def _ece(bins: np.ndarray) -> float:
-    return float(np.abs(bins[:, 1] - bins[:, 2]).sum() / bins[:, 0].sum())
+def _ece(bins: np.ndarray, signs: np.ndarray | None = None) -> float:
+    gaps = bins[:, 2] - bins[:, 1]
+    return float((np.abs(gaps) if signs is None else signs * gaps).sum() / bins[:, 0].sum())
 
 
 def dense_intervals(
     counts: DenseCounts, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
 ) -> dict[str, tuple[float, float]]:
-    """Percentile bootstrap intervals of the metrics of dense prediction, which resample images.
+    """Confidence intervals of the metrics of dense prediction over other images from the same source.
+
+    The pooled errors `pixel_ece` and `foreground_ece` have those of `groups.grouped_error_interval`, the other metrics
+    percentile bootstrap intervals that resample images.
 
     Args:
         counts: Of `count_dense`, two images at least.
@@ -185,24 +214,83 @@ def dense_intervals(
 
     Returns:
         Lower and upper end by the names of `dense_metrics`; a metric that some resamples lack is taken over the
-        others.
+        others. `foreground_ece` is absent if only one image has foreground.
 
     Raises:
         ValueError: If there are fewer than two images.
 
     Source: Davison and Hinkley 1997, section 3.8 (resampling of clusters).
     """
-    if counts.num_images < 2:
-        raise ValueError(f"An interval needs two images at least, found {counts.num_images}.")
-    random = np.random.default_rng(seed)
+    _check_images(counts, "An interval")
     found: dict[str, list[float]] = {}
-    for _ in range(num_resamples):
-        drawn = random.integers(counts.num_images, size=counts.num_images)
-        for name, value in dense_metrics(_of_images(counts, drawn)).items():
+    for drawn in draws(counts.num_images, num_resamples, seed):
+        for name, value in _metrics(counts.of_images(drawn)).items():
             found.setdefault(name, []).append(value)
     tail = (1 - level) / 2
-    return {name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in found.items()}
+    ends = {name: tuple(np.quantile(values, [tail, 1 - tail]).tolist()) for name, values in found.items()}
+    for name, bins in _pooled(counts).items():
+        ends.pop(name, None)
+        if np.count_nonzero(bins[..., 0].sum(axis=1)) > 1:
+            ends[name] = grouped_error_interval(bins, level)[1:]
+    return ends
 
 
-def _of_images(counts: DenseCounts, images: np.ndarray) -> DenseCounts:
-    return DenseCounts(*(None if part is None else part[images] for part in counts))  # type: ignore[arg-type]
+def dense_differences(
+    one: DenseCounts, other: DenseCounts, *, level: float = 0.95, num_resamples: int = 1000, seed: int = 0
+) -> dict[str, PairedTest]:
+    """Test whether two models differ in the metrics of dense prediction, by the paired bootstrap over images.
+
+    Each resample draws the same images for both, so that what makes an image hard for both cancels. The gaps of the
+    bins of `pixel_ece` and `foreground_ece` keep their signs in the resamples, as in `paired_calibration_error_test`:
+    resampling the errors themselves would add noise to noise.
+
+    Args:
+        one: Counts of the first model, two images at least.
+        other: Counts of the second model on the same images in the same order.
+        level: Coverage of the intervals.
+        num_resamples: Resamples; a p-value is a multiple of `2 / (num_resamples + 1)`.
+        seed: Of the resampling.
+
+    Returns:
+        First minus second by the names of `dense_metrics`, of those that both have on every resample.
+
+    Raises:
+        ValueError: If there are fewer than two images or the two are not of the same images.
+
+    >>> labels = np.array([[[1, 1]], [[1, 0]]])
+    >>> sure, fair = (count_dense(np.full((2, 1, 2), p), labels, labels, 2) for p in (0.9, 0.6))
+    >>> round(dense_differences(sure, fair)["pixel_ece"].difference, 3)
+    -0.3
+    """
+    _check_images(one, "A test")
+    if not np.array_equal(one.overlap[..., 2], other.overlap[..., 2]):
+        raise ValueError(
+            f"The models must be measured on the same images in the same order; found {one.num_images} and "
+            f"{other.num_images} images whose labels differ."
+        )
+    signs = [
+        {name: np.sign((bins[..., 2] - bins[..., 1]).sum(axis=0)) for name, bins in _pooled(counts).items()}
+        for counts in (one, other)
+    ]
+    found: dict[str, list[float]] = {}
+    for drawn in draws(one.num_images, num_resamples, seed):
+        first, second = (
+            _metrics(counts.of_images(drawn), fixed) for counts, fixed in zip((one, other), signs, strict=True)
+        )
+        for name in first.keys() & second.keys():
+            found.setdefault(name, []).append(first[name] - second[name])
+    values = dense_metrics(one), dense_metrics(other)
+    return {
+        name: compared(values[0][name] - values[1][name], np.array(found[name]), level)
+        for name in values[0]
+        if len(found.get(name, ())) == num_resamples
+    }
+
+
+def _pooled(counts: DenseCounts) -> dict[str, np.ndarray]:
+    return {"pixel_ece": counts.bins, "foreground_ece": counts.foreground_bins}
+
+
+def _check_images(counts: DenseCounts, what: str) -> None:
+    if counts.num_images < 2:
+        raise ValueError(f"{what} over images needs two images at least, found {counts.num_images}.")

@@ -3,7 +3,13 @@
 import numpy as np
 import pytest
 
-from hf_adafocal.metrics.segmentation import count_dense, dense_intervals, dense_metrics
+from hf_adafocal.metrics.segmentation import (
+    DenseCounts,
+    count_dense,
+    dense_differences,
+    dense_intervals,
+    dense_metrics,
+)
 
 
 def predictions(images=5, shape=(6, 7), classes=3, seed=0, ignored=0.1):
@@ -113,3 +119,63 @@ class TestDenseIntervals:
     def test_one_image_is_an_error(self):
         with pytest.raises(ValueError, match="two images at least, found 1"):
             dense_intervals(count_dense(*predictions(images=1), 3))
+
+    def test_the_error_of_a_model_that_is_calibrated_may_be_zero(self):
+        labels = (np.random.default_rng(0).random((20, 8, 9)) < 0.3).astype(int)
+        counts = count_dense(np.full(labels.shape, 0.7), np.zeros_like(labels), labels, 2, betti=False)
+        assert dense_intervals(counts, num_resamples=50)["pixel_ece"][0] == 0
+
+    def test_foreground_of_a_single_image_has_none(self):
+        labels = np.zeros((3, 4, 5), dtype=int)
+        labels[0] = 1
+        counts = count_dense(np.full(labels.shape, 0.7), labels, labels, 2, betti=False)
+        assert "foreground_ece" not in dense_intervals(counts, num_resamples=20)
+
+
+class TestDenseDifferences:
+    def test_a_model_against_itself_differs_in_nothing(self):
+        counts = count_dense(*predictions(), 3)
+        found = dense_differences(counts, counts, num_resamples=20)
+        assert found.keys() == dense_metrics(counts).keys()
+        assert all(test.difference == test.low == test.high == 0 and test.p_value == 1 for test in found.values())
+
+    def test_differences_are_those_of_the_metrics(self):
+        one = predictions()
+        other = one[0] ** 2, *one[1:]
+        counts = [count_dense(*part, 3) for part in (one, other)]
+        found, metrics = dense_differences(*counts, num_resamples=20), [dense_metrics(part) for part in counts]
+        for name, test in found.items():
+            assert test.difference == pytest.approx(metrics[0][name] - metrics[1][name])
+
+    def test_images_that_are_hard_for_both_do_not_hide_a_small_difference(self):
+        random = np.random.default_rng(0)
+        labels = (random.random((12, 10, 10)) < random.random((12, 1, 1))).astype(int)  # some images are all objects
+        predicted = np.zeros_like(labels)
+        sure, fair = (count_dense(np.full(labels.shape, p), predicted, labels, 2, betti=False) for p in (0.85, 0.8))
+        test = dense_differences(sure, fair)["pixel_ece"]
+        assert 0.049 < test.low <= test.difference <= test.high < 0.051 and test.p_value < 0.01
+        ends = [dense_intervals(counts, num_resamples=50)["pixel_ece"] for counts in (sure, fair)]
+        assert ends[0][0] < ends[1][1]  # of the models alone
+
+    def test_no_difference_is_called_one_in_about_5_percent_of_cases(self):
+        called = 0
+        for seed in range(60):
+            random = np.random.default_rng(seed)
+            hard = random.random((16, 1, 1))
+            labels = (random.random((16, 8, 8)) < hard).astype(int)
+            confidences = 0.55 + 0.4 * random.random((2, *labels.shape))
+            one, other = (count_dense(c, np.ones_like(labels), labels, 2, betti=False) for c in confidences)
+            called += dense_differences(one, other, num_resamples=100)["pixel_ece"].p_value < 0.05
+        assert called <= 9  # 3 are expected, and more than 9 have a chance of 0.1 %
+
+    def test_other_images_are_an_error(self):
+        with pytest.raises(ValueError, match="same images in the same order"):
+            dense_differences(count_dense(*predictions(), 3), count_dense(*predictions(seed=1), 3))
+
+
+class TestDenseCounts:
+    @pytest.mark.parametrize("betti", [True, False])
+    def test_they_come_back_from_a_file(self, tmp_path, betti):
+        counts = count_dense(*predictions(), 3, betti=betti)
+        counts.save(tmp_path / "counts.npz")
+        assert dense_metrics(DenseCounts.load(tmp_path / "counts.npz")) == dense_metrics(counts)
