@@ -12,7 +12,7 @@ from scipy import ndimage
 from hf_adafocal import FocalLoss
 from hf_adafocal.data.volumes import synthetic_volumes
 from hf_adafocal.losses.topology import topological_distance
-from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
+from hf_adafocal.models import UNet3DConfig, UNet3DForSemanticSegmentation
 
 
 def seconds(function, repeats: int = 3) -> float:

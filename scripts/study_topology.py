@@ -18,7 +18,7 @@ from scipy import stats
 from hf_adafocal import AdaFocalLoss, CombinedLoss, CrossEntropyLoss, FocalLoss, calibrate, fit_temperature
 from hf_adafocal.data.volumes import synthetic_volumes
 from hf_adafocal.metrics.segmentation import count_dense, dense_intervals, dense_metrics
-from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
+from hf_adafocal.models import UNet3DConfig, UNet3DForSemanticSegmentation
 
 BASES = {"cross_entropy": CrossEntropyLoss, "focal": lambda: FocalLoss(2.0), "adafocal": AdaFocalLoss}
 WEIGHTS = (0.001, 0.01)

@@ -24,12 +24,11 @@ ALLOWED: dict[str, set[str]] = {
     "losses": set(),
     "data": set(),
     "models": set(),
-    "unet": set(),
-    "scaling": {"models", "unet"},  # their Auto classes
+    "scaling": {"models"},  # its Auto classes
     "evaluate_modules": {"metrics"},
     "report": {"metrics", "scaling"},
     "training": {"metrics", "losses", "scaling", "data", "report"},
-    "runs": {"training", "metrics", "losses", "scaling", "data", "report", "models", "unet"},
+    "runs": {"training", "metrics", "losses", "scaling", "data", "report", "models"},
     "hub": {"report", "evaluate_modules"},
     "cli": {"runs", "metrics", "losses", "report", "hub"},
 }

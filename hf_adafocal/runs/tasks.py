@@ -23,10 +23,11 @@ from hf_adafocal.data.loading import Splits, load_splits
 from hf_adafocal.models import (
     GlobalPoolingCNNConfig,
     GlobalPoolingCNNForSequenceClassification,
+    UNet3DConfig,
+    UNet3DForSemanticSegmentation,
     timm_classifier,
     train_word_level_tokenizer,
 )
-from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
 
 
 class Prepared(NamedTuple):

@@ -15,8 +15,7 @@ import transformers
 from torch import Tensor, nn
 from transformers import AutoConfig, PreTrainedModel
 
-import hf_adafocal.models  # noqa: F401 (so that the Auto classes know the global-pooling CNN)
-import hf_adafocal.unet  # noqa: F401 (and the 3D U-Net)
+import hf_adafocal.models  # noqa: F401 (so that the Auto classes know its networks)
 from hf_adafocal.checkpoint_files import is_training_state, is_weights
 from hf_adafocal.preserved_state import random_state_kept
 from hf_adafocal.scaling.fit import Scaling

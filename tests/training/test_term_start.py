@@ -9,8 +9,8 @@ import torch
 
 from hf_adafocal import AdaFocalTrainer, AdaFocalTrainingArguments
 from hf_adafocal.data.dense import volume_splits
+from hf_adafocal.models import UNet3DConfig, UNet3DForSemanticSegmentation
 from hf_adafocal.training.term_start import TermStart
-from hf_adafocal.unet import UNet3DConfig, UNet3DForSemanticSegmentation
 
 pytest.importorskip("gudhi")
 
