@@ -55,7 +55,7 @@ def _from_objects(array: np.ndarray) -> np.ndarray:
     """Array of numbers from one of Python objects: scalars, or one array per entry; strings stay objects."""
     entries = []
     for entry in array.flat:
-        nested = hasattr(entry, "__len__") and not isinstance(entry, str)
+        nested = isinstance(entry, np.ndarray | list | tuple) or hasattr(entry, "detach")  # a dict would never end
         entries.append(as_array(entry) if nested else np.asarray(entry))
         if entries[-1].dtype.kind not in "biuf":
             return array
@@ -82,7 +82,7 @@ def check_pairs(confidence: Any, correct: Any) -> tuple[np.ndarray, np.ndarray]:
         raise ValueError(f"Probabilities must lie in [0, 1] without NaN, found {low} to {high}.")
     if not ((correct == 0) | (correct == 1)).all():
         raise ValueError(f"Outcomes must be 0 or 1, found values from {correct.min()} to {correct.max()}.")
-    return (confidence if low >= 0 and high <= 1 else confidence.clip(0, 1)), correct
+    return confidence.clip(0, 1), correct
 
 
 def as_multiclass(probabilities: Any, labels: Any, normalize: bool = False) -> tuple[np.ndarray, np.ndarray]:

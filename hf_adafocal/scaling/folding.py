@@ -46,6 +46,15 @@ def fold_scaling(model: Any, scaling: Scaling, inputs: dict[str, Tensor] | None 
         TypeError: If `model` is neither a `PreTrainedModel` nor a `PeftModel`.
         ValueError: If a scaling was folded before, the model has no single linear head, the head is quantized, tied,
             not saved with the adapter, or cannot hold the scaling. The model is then as it was.
+
+    >>> from hf_adafocal import GlobalPoolingCNNConfig, GlobalPoolingCNNForSequenceClassification
+    >>> config = GlobalPoolingCNNConfig(vocab_size=9, embedding_size=4, num_filters=4, hidden_size=4, num_labels=2)
+    >>> model = GlobalPoolingCNNForSequenceClassification(config).eval()
+    >>> tokens = torch.ones(1, 30, dtype=torch.long)
+    >>> before = model(tokens).logits
+    >>> fold_scaling(model, Scaling(scale=0.5))
+    >>> torch.allclose(model(tokens).logits, before / 2)
+    True
     """
     _check_model(model)
     recorded = recorded_scaling(model)

@@ -212,6 +212,12 @@ class AdaFocalCallback(AdaptiveStateCallback):
     Raises:
         ValueError: As training begins, if nothing would ever be evaluated; after an epoch, if no evaluation was of
             the calibration set.
+
+    >>> from hf_adafocal import AdaFocalLoss, CalibrationMetrics
+    >>> loss = AdaFocalLoss()
+    >>> callback = AdaFocalCallback(loss, CalibrationMetrics(loss.num_bins).calibrate)  # of a stock `Trainer`
+    >>> callback.prefixes
+    ('eval', 'eval_calibration')
     """
 
     def __init__(

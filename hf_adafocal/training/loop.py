@@ -56,6 +56,15 @@ def calibrate(
     Raises:
         ValueError: If no label counts, logits are not finite, a batch has no labels, the dataloader cannot be gathered
             exactly, or the loss adapts in a way that a loop cannot drive. The loss is then unchanged.
+
+    >>> from hf_adafocal import AdaFocalLoss
+    >>> loss, undecided = AdaFocalLoss(num_bins=1), nn.Linear(3, 2)
+    >>> _ = nn.init.zeros_(undecided.weight), nn.init.zeros_(undecided.bias)
+    >>> batch = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)  # confidence 1/2, always right
+    >>> calibrate(undecided, [batch], loss).metrics["ece"]
+    0.5
+    >>> loss.readings()["gamma_mean"]  # under-confident: from 1 to exp(-0.5)
+    0.606...
     """
     adaptive = getattr(loss, "adaptive", None)
     if adaptive is not None and adaptive.follows != "bins":

@@ -25,17 +25,17 @@ class CalibrationMetrics:
         num_bins: Bins of the metrics and of the loss's table.
         ignore_index: Label of samples that do not count; that of the loss.
 
-    ```python
-    loss = AdaFocalLoss()
-    calibration = CalibrationMetrics(loss.num_bins)
-    trainer = Trainer(
-        ...,
-        compute_loss_func=loss,
-        preprocess_logits_for_metrics=calibration.reduce,
-        compute_metrics=calibration,
-        callbacks=[AdaFocalCallback(loss, calibration.calibrate)],
-    )
-    ```
+    Give the Trainer `compute_loss_func=loss`, `preprocess_logits_for_metrics=calibration.reduce`,
+    `compute_metrics=calibration` and `callbacks=[AdaFocalCallback(loss, calibration.calibrate)]`. It then calls:
+
+    >>> import torch
+    >>> from transformers import EvalPrediction
+    >>> calibration = CalibrationMetrics(num_bins=1)
+    >>> rows = calibration.reduce(torch.zeros(4, 2), torch.tensor([0, 0, 0, 1]))  # confidence 1/2, class 0
+    >>> calibration(EvalPrediction(rows.numpy(), None))["ece"]
+    0.25
+    >>> calibration.calibrate().gap
+    array([-0.25])
     """
 
     def __init__(self, num_bins: int = 15, ignore_index: int = -100) -> None:

@@ -91,14 +91,19 @@ class AdaFocalTrainer(UploadingTrainer):
         ValueError: If the loss has no calibration data, if the model or the labels are not those of single-label
             classification, or if an argument would be ignored (`label_smoothing_factor`, `compute_loss_func`).
 
-    ```python
-    from hf_adafocal import AdaFocalTrainer, AdaFocalTrainingArguments
-
-    args = AdaFocalTrainingArguments("out", num_train_epochs=3, calibrate_at_end=True)
-    trainer = AdaFocalTrainer(model, args, train_dataset=train, eval_dataset=validation)
-    trainer.train()
-    trainer.write_report(test)
-    ```
+    >>> from tempfile import mkdtemp
+    >>> from hf_adafocal import AdaFocalTrainer, AdaFocalTrainingArguments
+    >>> from hf_adafocal import GlobalPoolingCNNConfig, GlobalPoolingCNNForSequenceClassification
+    >>> config = GlobalPoolingCNNConfig(vocab_size=200, embedding_size=4, num_filters=4, hidden_size=4, num_labels=2)
+    >>> rows = [{"input_ids": [1 + i] * 30, "labels": i % 2} for i in range(120)]
+    >>> args = AdaFocalTrainingArguments(mkdtemp(), num_train_epochs=2, use_cpu=True, report_to=[])
+    >>> trainer = AdaFocalTrainer(
+    ...     GlobalPoolingCNNForSequenceClassification(config), args, train_dataset=rows[:60], eval_dataset=rows[60:]
+    ... )
+    >>> _ = trainer.train()
+    {...
+    >>> trainer.adaptive_callback.updates
+    2
     """
 
     def __init__(
