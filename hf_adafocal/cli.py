@@ -106,9 +106,14 @@ def _parser() -> argparse.ArgumentParser:
         default=["cross_entropy", "focal", "flsd_53", "adafocal", "adaptive_label_smoothing"],
         help="names of losses, or all (default: cross_entropy focal flsd_53 adafocal adaptive_label_smoothing)",
     )
-    compare.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="default: 0 1 2")
     compare.add_argument(
-        "--folder", type=Path, default=Path("runs/compare"), help="holds a folder per run (default: runs/compare)"
+        "--seeds", nargs="+", type=int, default=[0, 1, 2], help="seeds, one run each (default: 0 1 2)"
+    )
+    compare.add_argument(
+        "--folder",
+        type=Path,
+        default=Path("runs/compare"),
+        help="output folder, a subfolder per run (default: runs/compare)",
     )
     compare.add_argument(
         "--reuse", action="store_true", help="keep finished runs that were trained with the same arguments and data"
@@ -146,10 +151,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     for measured in (evaluate, scale):
         measured.add_argument("task", choices=("text", "vision", "segmentation"))
-        measured.add_argument("checkpoint", help="a folder or a Hub id")
+        measured.add_argument("checkpoint", help="checkpoint: a local folder or a Hub id")
         measured.add_argument("--seed", type=int, help="seed of the splits (default: that of the run, or 0)")
         measured.add_argument("--num-bins", type=int, default=15, help="bins of the metrics (default: 15)")
-        measured.add_argument("--batch-size", type=int, default=64, help="samples of a forward pass (default: 64)")
+        measured.add_argument("--batch-size", type=int, default=64, help="batch size of the evaluation (default: 64)")
         measured.add_argument(
             "--split-overlap",
             choices=("error", "warn", "skip"),
@@ -163,13 +168,13 @@ def _parser() -> argparse.ArgumentParser:
         "hf-adafocal card runs/vision --repo-id me/digits --license apache-2.0",
     )  # fmt: skip
     card.add_argument("folder", type=Path)
-    card.add_argument("--repo-id", help="where the checkpoint is going to live")
+    card.add_argument("--repo-id", help="Hub repository of the checkpoint, namespace/name")
     card.add_argument("--license", help="licence of the checkpoint, as the Hub spells it")
     card.add_argument("--language", help="language of the data, as the Hub codes it")
     card.add_argument("--base-model", help="Hub id of the checkpoint that was fine-tuned")
     card.add_argument("--datasets", nargs="+", help="Hub ids of the data")
     card.add_argument("--tags", nargs="+", help="further tags")
-    card.add_argument("--benchmark-task", help="enter the accuracy as a result of this task of a registered benchmark")
+    card.add_argument("--benchmark-task", help="report the accuracy as a result of this task of a Hub benchmark")
 
     push = verb(
         "push", _push, "push a run folder to the Hub",
@@ -178,24 +183,28 @@ def _parser() -> argparse.ArgumentParser:
         "hf-adafocal push runs/vision me/digits --private",
     )  # fmt: skip
     push.add_argument("folder", type=Path)
-    push.add_argument("repo_id", help="namespace/name")
+    push.add_argument("repo_id", help="Hub repository, namespace/name")
     push.add_argument("--private", action="store_true")
-    push.add_argument("--revision", help="branch, made if it is missing")
+    push.add_argument("--revision", help="branch, created if it is missing")
     push.add_argument(
         "--include", nargs="+", default=(), metavar="PATTERN", help="push further files, such as '*.onnx', too"
     )
     push.add_argument("--license", help="licence of the checkpoint, as the Hub spells it (apache-2.0, cc-by-4.0, ...)")
-    push.add_argument("--benchmark-task", help="enter the accuracy as a result of this task of a registered benchmark")
-    push.add_argument("--include-training-state", action="store_true", help="optimizer state and event files too")
+    push.add_argument("--benchmark-task", help="report the accuracy as a result of this task of a Hub benchmark")
+    push.add_argument(
+        "--include-training-state", action="store_true", help="also push optimizer state and event files"
+    )
 
     space = verb(
         "publish-metric", _publish_metric, "publish a metric as a Space, for evaluate.load",
         "Publish one of the package's metrics as a Space; `evaluate.load('NAMESPACE/NAME')` then works anywhere.",
         "hf-adafocal publish-metric ece me",
     )  # fmt: skip
-    space.add_argument("name", help="ece, ada_ece, ...")
+    space.add_argument("name", help="metric: ece, ada_ece, ...")
     space.add_argument("namespace", help="user or organisation")
-    space.add_argument("--sdk", choices=("gradio", "static"), default="gradio", help="static has no widget")
+    space.add_argument(
+        "--sdk", choices=("gradio", "static"), default="gradio", help="kind of Space; static has no input widget"
+    )
     space.add_argument("--private", action="store_true")
 
     gate = verb(
@@ -205,7 +214,7 @@ def _parser() -> argparse.ArgumentParser:
         "hf-adafocal gate --max-ece 0.03 --confidence 0.95 predictions.parquet",
     )  # fmt: skip
     gate.add_argument("predictions", type=Path, help="a .parquet, .csv, .tsv, .jsonl, .npz or .npy file")
-    gate.add_argument("--max-ece", type=float, required=True, help="the limit, a fraction in [0, 1]")
+    gate.add_argument("--max-ece", type=float, required=True, help="largest ECE that passes, a fraction in [0, 1]")
     gate.add_argument("--confidence", type=float, default=0.95, help="level of the two-sided interval (default 0.95)")
     gate.add_argument("--num-bins", type=int, default=15, help="bins of equal width (default 15)")
     columns = gate.add_mutually_exclusive_group()

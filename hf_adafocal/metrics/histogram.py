@@ -246,7 +246,7 @@ class CalibrationHistogram:
         """Cells of the samples just below and just above each inner equal-mass edge, shape `(2, num_bins - 1)`."""
         size = self._counted()
         position = np.linspace(0, size, len(equal_width_edges(num_bins)))[1:-1]  # as `equal_mass_edges`
-        rank = np.minimum(position.astype(np.int64), size - 1)
+        rank = position.astype(np.int64)
         ranks = np.stack([rank, np.minimum(rank + 1, size - 1)])
         return np.searchsorted(self._count.cumsum(), ranks, side="right")
 

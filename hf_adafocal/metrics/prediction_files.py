@@ -70,7 +70,7 @@ def read_predictions(
             return check_pairs(*(_numbers(path, name, table) for name in chosen))
         *columns, label = chosen
         labels = _column(path, label, table)
-        if len(columns) == 1 and not columns[0].startswith(CLASS_PREFIX):
+        if len(columns) == 1:
             probabilities = _numbers(path, columns[0], table)
             if probabilities.ndim == 1:
                 raise ValueError(
@@ -143,8 +143,6 @@ def _open_arrays(path: Path) -> Mapping[str, Column]:
     loaded = np.load(path)
     if isinstance(loaded, np.lib.npyio.NpzFile):
         return {name: partial(loaded.__getitem__, name) for name in loaded.files}
-    if path.suffix.lower() == ".npz":
-        raise ValueError("it holds a single array without a name")
     if loaded.dtype.names:
         return {name: partial(loaded.__getitem__, name) for name in loaded.dtype.names}
     if loaded.ndim != 2 or loaded.shape[1] != 2:
@@ -254,14 +252,11 @@ def _kind(values: np.ndarray) -> str:
 def _column_indices(labels: np.ndarray, classes: list[str]) -> np.ndarray:
     """Index of the column of each label, given as the name of its class; numbers that name no class are indices."""
     position = {name: k for k, name in enumerate(classes)}
-    if labels.ndim == 1 and labels.dtype.kind in "iuUOb":
-        found = [position.get(str(label), -1) for label in labels.tolist()]
-        if -1 not in found:
-            return np.array(found, dtype=np.intp)
-        if labels.dtype.kind in "UO":
-            raise ValueError(
-                f"no column for the label {str(labels[found.index(-1)])!r}, found classes {_shown(classes)}."
-            )
+    found = [position.get(str(label), -1) for label in labels.tolist()]
+    if -1 not in found:
+        return np.array(found, dtype=np.intp)
+    if labels.dtype.kind in "UO":
+        raise ValueError(f"no column for the label {str(labels[found.index(-1)])!r}, found classes {_shown(classes)}.")
     return labels
 
 

@@ -100,7 +100,8 @@ class AdaFocalTrainingArguments(TrainingArguments):
     gamma_min: float | None = _argument("AdaFocal's lowest gamma (default -2).")
     gamma_max: float | None = _argument("AdaFocal's highest gamma (default 20).")
     class_prior: float | None = _argument(
-        "Held-out samples of a class at which loss='classwise_adafocal' trusts its own table by half (default 150)."
+        "Held-out samples of a class at which loss='classwise_adafocal' weighs its own gammas and the shared ones "
+        "equally (default 150)."
     )
     inverse_focal_gamma: float | None = _argument("Gamma of loss='inverse_focal', not negative (default 2).")
     dual_focal_gamma: float | None = _argument("Gamma of loss='dual_focal' (default 5).")

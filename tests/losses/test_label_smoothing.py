@@ -3,9 +3,7 @@ import torch
 import torch.nn.functional as F
 from loss_cases import batch
 
-from hf_adafocal.losses import (
-    LabelSmoothingLoss,
-)
+from hf_adafocal.losses import AdaptiveLabelSmoothingLoss, LabelSmoothingLoss
 
 
 class TestLabelSmoothingLoss:
@@ -43,3 +41,17 @@ class TestLabelSmoothingLoss:
         fresh = LabelSmoothingLoss()
         fresh.load_state_dict(LabelSmoothingLoss(0.3).state_dict())
         assert fresh.smoothing.item() == pytest.approx(0.3)
+
+
+class TestAdaptiveLabelSmoothingLoss:
+    @pytest.mark.parametrize(
+        ("changes", "expected"),
+        [([0.25], 0.35), ([0.3, -0.2], 0.2), ([9.0], 0.5), ([9.0, -0.1], 0.4), ([-9.0], -0.1), ([-9.0, 0.1], 0.0)],
+    )
+    def test_steering_adds_to_the_smoothing_within_its_range_and_a_reset_undoes_it(self, changes, expected):
+        loss_fn = AdaptiveLabelSmoothingLoss(0.1)
+        for change in changes:
+            loss_fn.steer(change)
+        assert loss_fn.smoothing.item() == pytest.approx(expected, abs=1e-7)
+        loss_fn.reset()
+        assert loss_fn.readings() == {"smoothing": pytest.approx(0.1)}

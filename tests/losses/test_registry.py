@@ -5,6 +5,8 @@ from hf_adafocal import AdaFocalTrainingArguments
 from hf_adafocal.losses.base import ClassificationLoss, FocalFamilyLoss, PerSampleLoss
 from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES as LOSSES
 
+ADAFOCAL = "num_bins=15, gamma_initial=1.0, lambda_=1.0, switch=0.2, gamma_min=-2.0, gamma_max=20.0"
+
 
 class TestLosses:
     def test_the_names_are_those_users_type(self):
@@ -15,6 +17,23 @@ class TestLosses:
     def test_each_builds_without_arguments(self):
         assert all(isinstance(make(), ClassificationLoss) for make in LOSSES.values())
         assert all(isinstance(LOSSES[name](), FocalFamilyLoss) for name in LOSSES if "focal" in name)
+
+    @pytest.mark.parametrize(
+        ("name", "shown"),
+        [
+            ("focal", "FocalLoss(gamma=3.0)"),
+            ("inverse_focal", "InverseFocalLoss(gamma=2.0)"),
+            ("dual_focal", "DualFocalLoss(gamma=5.0)"),
+            ("label_smoothing", "LabelSmoothingLoss(smoothing=0.05)"),
+            ("adaptive_label_smoothing", "AdaptiveLabelSmoothingLoss(smoothing=0)"),
+            ("confidence_penalty", "ConfidencePenaltyLoss(penalty=0.1)"),
+            ("adafocal", f"AdaFocalLoss({ADAFOCAL})"),
+            ("ada_dual_focal", f"AdaDualFocalLoss({ADAFOCAL})"),
+            ("classwise_adafocal", f"ClasswiseAdaFocalLoss({ADAFOCAL}, prior=150.0)"),
+        ],
+    )
+    def test_each_has_the_documented_settings_unless_told(self, name, shown):
+        assert repr(LOSSES[name]()) == shown
 
     @pytest.mark.parametrize(
         ("settings", "shown"),

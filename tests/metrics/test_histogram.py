@@ -244,6 +244,10 @@ class TestToArray:
         pairs = smooth(1_000)
         assert histogram(pairs).to_array().sum(axis=1) == pytest.approx([1_000, pairs[1].sum(), pairs[0].sum()])
 
+    def test_it_has_the_documented_number_of_cells(self):
+        # the grid, and at either end 256 for each halving of the distance from 2^-8 to 2^-53, and one more
+        assert CalibrationHistogram().to_array().shape == (3, 72_000 + 2 * (45 * 256 + 1))
+
     def test_it_is_a_copy(self):
         found = histogram(smooth(10))
         found.to_array()[:] = 0
@@ -256,6 +260,11 @@ class TestFromArray:
         assert (found.to_array() == histogram(saturated(1_000)).to_array()).all()
         found.update([0.5], [1])
         assert found.num_samples == 1_001
+
+    def test_it_takes_as_many_samples_as_float64_counts(self):
+        array = CalibrationHistogram().to_array()
+        array[:, -1] = 2.0**53
+        assert CalibrationHistogram.from_array(array).num_samples == 2**53
 
     @pytest.mark.parametrize("cut", [lambda a: a[:2], lambda a: a[:, :-1], lambda a: a[None]])
     def test_another_shape_is_an_error(self, cut):
@@ -271,6 +280,9 @@ class TestFromArray:
             lambda a: a + math.inf,
             lambda a: a[[1, 0, 2]],
             lambda a: a * [[1], [1], [9]],
+            lambda a: a + np.eye(3, a.shape[1])[[2, 0, 1]],  # a correct sample in a cell without samples
+            lambda a: a - np.eye(3, a.shape[1])[[2, 1, 0]],  # a negative confidence in one cell
+            lambda a: a + (2.0**53 + 2) * (np.arange(a.shape[1]) == 50_000),
         ],
     )
     def test_what_cannot_be_counts_and_confidences_is_an_error(self, wrong):
@@ -348,6 +360,7 @@ class TestEqualMassStatistics:
     def test_it_splits_no_tie(self):
         found = histogram(([0.75] * 5, [1, 0, 0, 0, 0])).equal_mass_statistics(3)
         assert found.count.tolist() == [5, 0, 0] and found.gap == pytest.approx([0.55, 0, 0])
+        assert histogram(([1.0] * 5, [1, 0, 0, 0, 0])).equal_mass_statistics(3).count.tolist() == [5, 0, 0]
 
 
 class TestExpectedCalibrationError:
@@ -357,10 +370,6 @@ class TestExpectedCalibrationError:
         assert found == pytest.approx(calibration_error(*pairs, num_bins), abs=1e-12)
         edges = reference.equal_width_edges(num_bins)
         assert found == pytest.approx(reference.calibration_error(*pairs, edges), abs=1e-12)
-
-    def test_it_has_15_bins_unless_told(self):
-        found = histogram(smooth(1_000))
-        assert found.expected_calibration_error() == found.expected_calibration_error(15)
 
     @pytest.mark.parametrize("pairs", [smooth, saturated])
     def test_a_million_samples_in_chunks_give_that_of_all(self, pairs):
@@ -498,6 +507,12 @@ class TestEveryResult:
         with pytest.raises(ValueError, match="num_bins must be at least 1, found 0"):
             result(histogram(smooth(10)), 0)
 
+    @pytest.mark.parametrize("result", RESULTS, ids=lambda f: f.__name__)
+    def test_it_has_15_bins_unless_told(self, result):
+        found = histogram(smooth(1_000))
+        default, expected = result(found), result(found, 15)
+        assert np.array_equal(getattr(default, "gap", default), getattr(expected, "gap", expected))
+
     @pytest.mark.parametrize("result", [CalibrationHistogram.accuracy, *RESULTS[2:]], ids=lambda f: f.__name__)
     def test_it_is_a_plain_number(self, result):
         assert type(result(histogram(smooth(10)))) is float
@@ -511,7 +526,21 @@ class TestImport:
 
 
 def test_the_bound_of_adaptive_ece_counts_the_cells_on_both_sides_of_an_edge():
-    # five wrong samples in two bins: the edge lies between the third and the fourth, .3 and .4
-    found = CalibrationHistogram()
-    found.update([0.1, 0.2, 0.3, 0.4, 0.5], [0, 0, 0, 0, 0])
-    assert found.adaptive_calibration_error_bound(2) == pytest.approx(2 / 5 * (0.3 + 0.4), abs=1e-4)
+    # wrong samples in two bins: the edge lies between the third and the fourth, .3 and .4
+    for confidence in ([0.1, 0.2, 0.3, 0.4, 0.5], [0.1, 0.2, 0.3, 0.4]):
+        found = histogram((confidence, np.zeros(len(confidence))))
+        expected = 2 / len(confidence) * (0.3 + 0.4)
+        assert found.adaptive_calibration_error_bound(2) == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("confidence", "correct", "expected"),
+    [
+        ([0.500002, 0.500003, 0.500004, 0.500005], [1, 1, 1, 0], 2 / 4 * 3 * (1 - 36_000 / 72_000)),
+        ([0.500002, 0.500003, 0.500004, 0.500005], [0, 0, 0, 1], 2 / 4 * 3 * (36_001 / 72_000)),
+        ([1 - 2.0**-53] * 4, [0, 0, 0, 0], 2 / 4 * 4),
+    ],
+)
+def test_the_bound_of_adaptive_ece_is_that_of_the_cell_an_edge_splits(confidence, correct, expected):
+    found = histogram((confidence, correct))
+    assert found.adaptive_calibration_error_bound(2) == pytest.approx(expected, rel=1e-9)

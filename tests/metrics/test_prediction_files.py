@@ -1,4 +1,5 @@
 import gzip
+import io
 import json
 import zipfile
 
@@ -223,7 +224,14 @@ def assert_read(path, expected):
 class TestWhatPeopleHave:
     @pytest.mark.parametrize(
         ("name", "separator"),
-        [("p.csv", ","), ("p.csv", ";"), ("p.tsv", "\t"), ("p.csv.gz", ","), ("p.tsv.gz", "\t"), ("P.CSV", ";")],
+        [
+            ("p.csv", ","),
+            ("p.csv", ";"),
+            ("p.tsv", "\t"),
+            ("run.1.csv.gz", ","),
+            ("p.tsv.gz", "\t"),
+            ("run.1.CSV", ";"),
+        ],
     )
     def test_a_column_for_each_class_and_the_name_of_the_label(self, tmp_path, name, separator):
         assert_read(tmp_path / name, write_text(tmp_path / name, separator))
@@ -305,6 +313,15 @@ class TestWhatPeopleHave:
         (tmp_path / "p.csv").write_bytes(b"\xef\xbb\xbfconfidence;correct\r\n0.25;1\r\n0.5;0\r\n")
         assert read_predictions(tmp_path / "p.csv")[0].tolist() == [0.25, 0.5]
 
+    def test_a_column_of_notes_may_hold_line_ends_and_the_other_separator(self, tmp_path):
+        rows = [f'{k % 2},{k % 2},"{k};;;\n{"x" * 60}"' for k in range(20_000)]  # more than one block of the parser
+        (tmp_path / "p.csv").write_text("\n".join(["confidence,correct,note", *rows, ""]))
+        assert read_predictions(tmp_path / "p.csv")[0].tolist() == [0, 1] * 10_000
+
+    def test_a_column_of_lists_may_have_a_name_like_those_of_classes(self, tmp_path):
+        path = save(tmp_path / "p.parquet", prob_all=[[0.25, 0.75], [0.5, 0.5]], label=[1, 1])
+        assert read_predictions(path, probability_columns=("prob_all", "label"))[0].tolist() == [0.75, 0.5]
+
     def test_a_random_forest_on_iris_has_the_ece_of_its_probabilities(self, tmp_path, capsys):
         features, target = load_iris(return_X_y=True)
         names = load_iris().target_names
@@ -333,8 +350,6 @@ def encrypted_zip():
 
 
 def archive():
-    import io
-
     file = io.BytesIO()
     np.savez_compressed(file, confidence=np.full(50, 0.5), correct=np.ones(50))
     return file.getvalue()
@@ -358,6 +373,12 @@ def twice():
     table = pyarrow.Table.from_arrays([pyarrow.array([0.5]), pyarrow.array([0.5])], ["confidence", "confidence"])
     pyarrow.parquet.write_table(table, sink)
     return sink.getvalue().to_pybytes()
+
+
+def npy_of(shape):
+    file = io.BytesIO()
+    np.save(file, np.zeros(shape))
+    return file.getvalue()
 
 
 UNREADABLE = {
@@ -391,7 +412,15 @@ UNREADABLE = {
     "json lists that are none": ("p.csv", b'probabilities,label\n"[0.5, 0.5",1\n', "expected JSON lists"),
     "a label without a column": ("p.csv", b"prob_a,prob_b,label\n0.5,0.5,c\n", "no column for the label 'c'"),
     "a label index too large": ("p.csv", b"prob_a,prob_b,label\n0.5,0.5,2\n", r"labels must lie in \[0, 2\)"),
-    "an array of three columns": ("p.npy", b"", "cannot be read as npy"),
+    "no array": ("p.npy", b"", "cannot be read as npy"),
+    "an array of three columns": ("p.npy", npy_of((2, 3)), r"shape \(N, 2\).*found \(2, 3\)"),
+    "an array of three dimensions": ("p.npy", npy_of((2, 2, 2)), r"shape \(N, 2\).*found \(2, 2, 2\)"),
+    "one column of a class": ("p.csv", b"prob_a,label\n1,a\n", "expected columns"),
+    "json with a line without object": (
+        "p.jsonl",
+        b'{"confidence": 0.5, "correct": 1}\n3\n',
+        "one object per line",
+    ),
     "nothing": ("p.jsonl", b"", "one object per line"),
     "a folder's suffix": ("p", b"", "expected a .parquet"),
     "packed parquet": ("p.parquet.gz", b"", "expected a .parquet"),
