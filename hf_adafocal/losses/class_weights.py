@@ -50,7 +50,7 @@ def balanced_class_weights(labels: Any, num_classes: int, ignore_index: int = -1
 
 def _parts(labels: Any) -> Iterable[Any]:
     """Split the labels into arrays: one if they have a common shape and a length, else one per row."""
-    if isinstance(labels, Tensor) or hasattr(labels, "__array__"):
+    if hasattr(labels, "__array__"):
         return [labels]
     parts = list(labels)
     return [parts] if parts and all(isinstance(part, int) for part in parts) else parts

@@ -401,11 +401,12 @@ class TestAdaFocalLoss:
         fresh.set_table(trained.edges.tolist(), trained.gammas.tolist())
         assert torch.equal(fresh.edges, trained.edges) and torch.equal(fresh.gammas, trained.gammas)
 
-    def test_reset_returns_to_the_untrained_table(self):
-        loss_fn = moved(AdaFocalLoss(gamma_initial=-0.5))
+    @pytest.mark.parametrize("gamma", [-0.5, -2.0, 20.0])
+    def test_reset_returns_to_the_untrained_table(self, gamma):
+        loss_fn = moved(AdaFocalLoss(gamma_initial=gamma))
         loss_fn.reset()
         torch.testing.assert_close(loss_fn.edges, torch.linspace(0, 1, 16))
-        assert loss_fn.gammas.tolist() == [-0.5] * 15
+        assert loss_fn.gammas.tolist() == [gamma] * 15
 
     def test_the_table_is_no_parameter(self):
         assert not list(AdaFocalLoss().parameters())

@@ -1,3 +1,4 @@
+import math
 import shutil
 from types import SimpleNamespace
 
@@ -5,9 +6,9 @@ import pytest
 import torch
 from loss_cases import FAMILY, FORMULAS, batch, gradient, moved
 
-from hf_adafocal.losses.functional import (
-    focal_loss,
-)
+from hf_adafocal.losses import CrossEntropyLoss
+from hf_adafocal.losses.base import finite
+from hf_adafocal.losses.functional import focal_loss
 from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES as LOSSES
 
 
@@ -123,3 +124,31 @@ class TestClassificationLoss:
         compiled, eager = torch.compile(loss_fn, fullgraph=True)(logits, labels), loss_fn(logits, labels)
         torch.testing.assert_close(compiled, eager)
         torch.testing.assert_close(gradient(compiled, logits), gradient(eager, logits))
+
+
+class TestClassWeights:
+    @pytest.mark.parametrize(
+        ("weight", "dtype"),
+        [([1, 0, 2], torch.float32), (torch.tensor([1, 0, 2]), torch.float32), ([1.0, 0.0, 2.0], torch.float32)]
+        + [(torch.tensor([1.0, 0.0, 2.0], dtype=dtype), dtype) for dtype in (torch.float64, torch.bfloat16)],
+        ids=str,
+    )
+    def test_whole_numbers_become_floats_and_0_leaves_a_class_out(self, weight, dtype):
+        loss_fn = CrossEntropyLoss(weight=weight)
+        assert loss_fn.weight.dtype == dtype and loss_fn.weight.tolist() == [1, 0, 2]
+        assert loss_fn.count(torch.tensor([0, 1, 1, 2, -100])) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "lowest", "found"),
+    [
+        (-1.0, 0.0, "number from 0, found -1"),
+        (math.inf, 0.0, "found inf"),
+        (-math.inf, -math.inf, "number, found -inf"),
+    ]
+    + [(math.nan, lowest, "found nan") for lowest in (0.0, -math.inf)],
+)
+def test_a_setting_is_a_finite_number_from_its_lowest_on(value, lowest, found):
+    assert finite("gamma", lowest if lowest == 0 else -5.0, lowest) == max(lowest, -5.0)
+    with pytest.raises(ValueError, match=f"gamma must be a finite .*{found}"):
+        finite("gamma", value, lowest)

@@ -361,6 +361,16 @@ class TestFocalLoss:
         with pytest.raises((ValueError, RuntimeError)):
             focal_loss(torch.randn(4, 3), torch.zeros(4, dtype=torch.long), torch.ones(shape))
 
+    @pytest.mark.parametrize("shape", [(2,), (3, 1), (1, 2, 3)], ids=str)
+    def test_of_dense_labels_neither(self, shape):
+        with pytest.raises(ValueError, match=r"gamma must broadcast to shape \(2, 3\), found"):
+            modulate(torch.ones(2, 3), torch.ones(shape))
+
+    @pytest.mark.parametrize("shape", [(), (1,), (3,), (1, 3), (2, 1)], ids=str)
+    def test_a_gamma_that_broadcasts_counts_as_one_per_label(self, shape):
+        ce, gamma = torch.rand(2, 3), torch.rand(shape) * 4 - 2
+        torch.testing.assert_close(modulate(ce, gamma), modulate(ce, gamma.expand(2, 3).contiguous()))
+
     @pytest.mark.parametrize("size", [2, 9])
     def test_a_class_weight_of_the_wrong_length_is_an_error(self, size):
         with pytest.raises((ValueError, RuntimeError)):
@@ -679,3 +689,18 @@ class TestConfidencePenaltyLoss:
     def test_a_penalty_that_makes_no_sense_is_an_error(self, penalty):
         with pytest.raises(ValueError, match="penalty must be a finite number from 0"):
             confidence_penalty_loss(torch.randn(2, 3), torch.tensor([0, 1]), penalty)
+
+
+@pytest.mark.parametrize(
+    ("function", "setting"),
+    [
+        *((cross_entropy, ()), (focal_loss, (3.0,)), (dual_focal_loss, (5.0,)), (label_smoothing_loss, (0.05,))),
+        *((brier_loss, ()), (confidence_penalty_loss, (0.1,))),
+    ],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_the_defaults_are_the_documented_ones(function, setting):
+    logits, labels = batch(size=5)
+    labels[1] = -100
+    expected = function(logits, labels, *setting, weight=None, ignore_index=-100, reduction="mean")
+    assert torch.equal(function(logits, labels), expected)

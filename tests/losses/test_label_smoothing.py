@@ -55,3 +55,14 @@ class TestAdaptiveLabelSmoothingLoss:
         assert loss_fn.smoothing.item() == pytest.approx(expected, abs=1e-7)
         loss_fn.reset()
         assert loss_fn.readings() == {"smoothing": pytest.approx(0.1)}
+
+    def test_its_table_takes_the_ends_of_the_range_and_nothing_beyond(self):
+        loss_fn = AdaptiveLabelSmoothingLoss()
+        assert loss_fn.steering_gain == 2
+        for smoothing in (0.3, 0.5, -0.1):
+            loss_fn.set_table(smoothing)
+            assert loss_fn.table() == {"smoothing": pytest.approx(smoothing)}
+        for smoothing in (-0.11, 0.51, float("nan"), [0.1], "much"):
+            with pytest.raises(ValueError, match="smoothing must"):
+                loss_fn.set_table(smoothing)
+        assert loss_fn.table() == {"smoothing": pytest.approx(-0.1)}

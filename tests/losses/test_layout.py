@@ -1,10 +1,11 @@
 """Where the classes of a model's logits are."""
 
+import pytest
 import torch
 from transformers.modeling_outputs import SemanticSegmenterOutput, TokenClassifierOutput
 
 from hf_adafocal.losses import LOSSES, CombinedLoss, CrossEntropyLoss
-from hf_adafocal.losses.layout import classes_last, classes_second
+from hf_adafocal.losses.layout import classes_last, classes_second, resized
 
 
 class TestClasses:
@@ -17,10 +18,17 @@ class TestClasses:
         dense = torch.randn(2, 3, 4, 5)
         assert torch.equal(classes_last(dense, torch.zeros(2, 4, 5)), dense.permute(0, 2, 3, 1))
 
-    def test_a_loss_gets_tokens_as_rows_also_where_there_are_as_many_tokens_as_classes(self):
-        logits, labels = torch.randn(2, 3, 3), torch.tensor([[0, 1, 2], [2, -100, 1]])
+    @pytest.mark.parametrize("classes", [3, 5])
+    def test_a_loss_gets_tokens_as_rows_also_where_there_are_as_many_tokens_as_classes(self, classes):
+        logits, labels = torch.randn(2, 3, classes), torch.tensor([[0, 1, 2], [2, -100, 1]])
         found, targets = classes_second(logits, labels)
-        assert torch.equal(found, logits.reshape(6, 3)) and torch.equal(targets, labels.reshape(6))
+        assert torch.equal(found, logits.reshape(6, classes)) and torch.equal(targets, labels.reshape(6))
+
+    @pytest.mark.parametrize("labels", [(2, 4, 5), (2, 5), (2,)], ids=str)
+    def test_dense_logits_that_fit_or_cannot_fit_are_left_alone(self, labels):
+        logits = torch.randn(2, 3, 4, 5)
+        assert resized(logits, torch.zeros(labels)) is logits
+        assert resized(logits[..., None, None], torch.zeros(2, 8, 8, 1, 1)).shape == (2, 3, 4, 5, 1, 1)
 
     def test_small_dense_logits_are_interpolated_to_the_labels(self):
         logits, labels = torch.randn(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)

@@ -170,6 +170,7 @@ class TestInput:
         assert topological_distance(logits, labels) > 0.4
         labels[0, 8:, 10:] = 255
         assert topological_distance(logits, labels, ignore_index=255) < 1e-12
+        assert topological_distance(logits, labels.where(labels != 255, -100)) < 1e-12
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
     def test_narrow_logits_give_the_value_of_float32(self, dtype):

@@ -280,6 +280,11 @@ class TestSmoothCalibrationError:
         below = smooth_calibration_error([0.4999, 0.5], [0, 1])
         assert smooth_calibration_error([0.5, 0.5001], [0, 1]) == pytest.approx(below, abs=1e-3)
 
+    def test_confidences_near_1_are_resolved_as_those_near_0(self):
+        confidence, correct = np.full(3000, 1 - 5e-5), np.arange(3000) > 0  # all in the last cell of the grid
+        mirrored = smooth_calibration_error(1 - confidence, ~correct)
+        assert smooth_calibration_error(confidence, correct) == pytest.approx(mirrored, abs=1e-8)
+
     def test_residuals_of_both_signs_at_one_confidence_cancel(self):
         assert smooth_calibration_error([0.5, 0.5], [0, 1]) == pytest.approx(0, abs=1e-12)
 

@@ -121,7 +121,9 @@ class TestRowSums:
         assert expected_calibration_error([[0.667, 0.334]], [0]) == pytest.approx(0.333)  # 1.001 passes as it is
 
     @pytest.mark.parametrize(
-        "rows", [[[0.5, -0.1]], [[0.0, 0.0]], [[np.nan, 1.0]], [[np.inf, 1.0]], [[1.0, 0.0], [0.0, 0.0]]], ids=str
+        "rows",
+        [[[0.5, -0.1]], [[0.0, 0.0]], [[np.nan, 1.0]], [[np.inf, 1.0], [0.5, 0.5]], [[1.0, 0.0], [0.0, 0.0]]],
+        ids=str,
     )
     def test_rows_that_no_sum_makes_probabilities_cannot_be_normalized(self, rows):
         with pytest.raises(ValueError, match="normalize=True needs rows that are finite, non-negative and not all 0"):
@@ -142,6 +144,7 @@ class TestRounding:
 
     @every_multiclass
     @given(off=st.one_of(st.sampled_from([2.3e-16, 1e-17, 1e-9]), st.floats(0, 0.9 * TOLERANCE)))
+    @example(off=TOLERANCE)
     @settings(max_examples=10)
     def test_a_value_a_little_outside_counts_as_0_or_1_in_rows(self, metric, off):
         rows = np.array([[1 + off, -off, 0.0], [0.25, 0.5, 0.25]])
