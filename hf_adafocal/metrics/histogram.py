@@ -4,6 +4,7 @@ A `CalibrationHistogram` counts samples in fine cells of confidence as batches a
 processes merge, and the cells add up to the bins of `metrics.binning`.
 """
 
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -249,6 +250,20 @@ class CalibrationHistogram:
         rank = position.astype(np.int64)
         ranks = np.stack([rank, np.minimum(rank + 1, size - 1)])
         return np.searchsorted(self._count.cumsum(), ranks, side="right")
+
+
+@lru_cache
+def cell_edges() -> np.ndarray:
+    """Return the largest float64 of each cell of a `CalibrationHistogram`, ascending, shape `(num_cells,)`.
+
+    Comparisons alone tell the cell of a confidence by them: `lower < confidence <= upper`, the first one closed.
+
+    >>> float(cell_edges()[-1])
+    1.0
+    """
+    edges = _upper(np.arange(_NUM_CELLS))
+    edges.flags.writeable = False
+    return edges
 
 
 def _cells(confidence: np.ndarray) -> np.ndarray:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.preserved_state import evaluating, random_state_kept
+from hf_adafocal.training.collectors import SampleCollector
 from hf_adafocal.training.model_conventions import logits_of
 from hf_adafocal.training.processes import DataProcesses
-from hf_adafocal.training.recorder import SampleCollector
 from hf_adafocal.training.sample_rows import COLUMNS, IGNORED, check_counts, sample_rows
 
 

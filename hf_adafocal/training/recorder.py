@@ -9,137 +9,15 @@ from torch import Tensor
 from transformers.utils import logging
 
 from hf_adafocal.losses.layout import classes_last
-from hf_adafocal.metrics.binning import BinStats, binned
-from hf_adafocal.metrics.histogram import CalibrationHistogram
 from hf_adafocal.scaling.grid import SumsOnGrid, best_temperature
+from hf_adafocal.training.collectors import Collector, HistogramCollector, SampleCollector
 from hf_adafocal.training.processes import DataProcesses
-from hf_adafocal.training.sample_rows import (
-    IGNORED,
-    check_counts,
-    counted_rows,
-    equal_mass_statistics,
-    sample_metrics,
-    sample_rows,
-    split_finite,
-)
+from hf_adafocal.training.sample_rows import IGNORED, check_counts, sample_rows
 
 logger = logging.get_logger(__name__)
 
 MOST_LOGITS = 1 << 28  # numbers: 1 GiB in float32
 MOST_SAMPLES = 4_000_000  # tokens or pixels kept one by one (160 MB); beyond it a histogram of fixed size counts them
-
-
-class SampleCollector:
-    """Keep five numbers per sample of an evaluation: exact, 40 bytes per sample.
-
-    Rows stay on their device until `finish` copies them to the CPU at once, so no batch waits for the device.
-
-    Attributes:
-        not_finite: Samples with NaN or infinite logits, known after `finish`; they are counted nowhere else.
-    """
-
-    def __init__(self) -> None:
-        self.waiting: list[Tensor] = []
-        self._rows = np.empty((0, 5))
-        self.not_finite = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Add the rows of a batch from all processes, shape `(..., 5)`; `finish` drops ignored ones."""
-        self.waiting.append(rows.reshape(-1, rows.shape[-1]))
-
-    def finish(self, processes: DataProcesses | None = None) -> None:
-        """Copy the rows to the CPU; call it once after the last batch."""
-        if self.waiting:
-            self._rows, self.not_finite = split_finite(counted_rows(torch.cat(self.waiting).cpu()))
-            self.waiting = []
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def metrics(self, num_bins: int = 15) -> dict[str, float]:
-        """Compute `accuracy`, `nll` (nats), `brier`, `ece` and `ada_ece` of the samples, at least one."""
-        return sample_metrics(self._rows, num_bins)
-
-    def statistics(self, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
-        """Compute `equal_mass_statistics` of the samples, at least one."""
-        return equal_mass_statistics(self._rows, num_bins, num_classes)
-
-    def diagram(self, num_bins: int = 15) -> BinStats:
-        """Compute equal-width bins for a reliability diagram of the samples, at least one."""
-        return binned(self._rows[:, 0], self._rows[:, 1], num_bins)
-
-
-class HistogramCollector:
-    """Count an evaluation in a histogram of fixed size, for many millions of tokens or pixels.
-
-    Every process counts its own rows, and `finish` adds the counts up. Accuracy, NLL, Brier score and ECE are exact if
-    the number of bins divides the histogram's cells (an error says so if not); AdaECE and the equal-mass edges are
-    moved to the next cell (see `CalibrationHistogram`).
-
-    Args:
-        counts_all: Rows come from all processes already, so there is nothing to add up.
-
-    Attributes:
-        not_finite: As in `SampleCollector`.
-    """
-
-    def __init__(self, counts_all: bool = False) -> None:
-        self._histogram = CalibrationHistogram()
-        self._sums = np.zeros(2)  # of NLL and Brier score
-        self.counts_all = counts_all
-        self.not_finite = 0
-
-    def add(self, rows: Tensor) -> None:
-        """Count the rows of a batch of this process, shape `(..., 5)`; ignored ones are dropped."""
-        finite, others = split_finite(counted_rows(rows.cpu()))
-        self.not_finite += others
-        if len(finite):
-            confidence, correct, nll, _, brier = finite.T
-            self._histogram.update(confidence, correct)
-            self._sums += nll.sum(), brier.sum()
-
-    def finish(self, processes: DataProcesses | None = None) -> None:
-        """Add up the counts of all processes; call it once after the last batch, on every process."""
-        if processes is None or processes.count == 1 or self.counts_all:
-            return
-        counts = torch.from_numpy(self._histogram.to_array()).to(processes.device)
-        self._histogram = CalibrationHistogram.from_array(processes.sum(counts).cpu().numpy())
-        # In two parts: float32, all that some devices have, holds neither large sums nor large counts exactly.
-        whole = np.array([self.not_finite, *self._sums // 1], dtype=np.int64)
-        parts = torch.from_numpy((self._sums % 1).astype(np.float32)).to(processes.device)
-        summed = processes.sum(torch.from_numpy(whole).to(processes.device)).cpu().numpy()
-        self.not_finite = int(summed[0])
-        self._sums = summed[1:] + processes.sum(parts).cpu().numpy().astype(float)
-
-    def __len__(self) -> int:
-        return self._histogram.num_samples
-
-    def metrics(self, num_bins: int = 15) -> dict[str, float]:
-        """As `SampleCollector.metrics`."""
-        return {
-            "accuracy": self._histogram.accuracy(),
-            "nll": float(self._sums[0]) / len(self),
-            "brier": float(self._sums[1]) / len(self),
-            "ece": self._histogram.expected_calibration_error(num_bins),
-            "ada_ece": self._histogram.adaptive_calibration_error(num_bins),
-        }
-
-    def statistics(self, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
-        """As `SampleCollector.statistics`, but never per class.
-
-        Raises:
-            ValueError: If `num_classes` is given: that would need a histogram for each class.
-        """
-        if num_classes is not None:
-            raise ValueError("A histogram keeps no statistics of single classes: collect samples instead.")
-        return self._histogram.equal_mass_statistics(num_bins)
-
-    def diagram(self, num_bins: int = 15) -> BinStats:
-        """As `SampleCollector.diagram`."""
-        return self._histogram.bin_statistics(num_bins)
-
-
-Collector = SampleCollector | HistogramCollector
 
 
 class EvaluationRecorder:
@@ -220,7 +98,7 @@ class EvaluationRecorder:
         counted = rows if own is labels else rows.where((own != self.ignore_index)[..., None], IGNORED)
         if self._collector is None:
             self._collector = self._new_collector(labels)
-        if isinstance(self._collector, HistogramCollector) and not self._collector.counts_all:
+        if isinstance(self._collector, HistogramCollector):
             self._collector.add(counted)
         else:
             self._collector.add(self._gathered(counted))
@@ -289,9 +167,9 @@ class EvaluationRecorder:
             return
         if sum(map(len, self._collector.waiting)) > MOST_SAMPLES:
             _say_that_a_histogram_counts()
-            counting = HistogramCollector(counts_all=True)
-            for rows in self._collector.waiting:
-                counting.add(rows)
+            counting = HistogramCollector()
+            for rows in self._collector.waiting:  # of all processes, each of which counts its share
+                counting.add(rows[self.processes.index :: self.processes.count])
             self._collector = counting
 
     def _gathered(self, rows: Tensor) -> Tensor:

@@ -1,37 +1,16 @@
 """What the losses ask of a device: which operators, how many, on which device, and how often a compiler runs."""
 
-from functools import cache
-from pathlib import Path
-
 import pytest
 import torch
-import torchgen
-import yaml
 from loss_names import ANY_SHAPE
+from operator_log import OperatorLog, runs_on_mps
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from hf_adafocal.losses import AdaFocalLoss, CombinedLoss, CrossEntropyLoss
 from hf_adafocal.losses.registry import LOSSES, PER_SAMPLE_LOSSES
 
 EACH = pytest.mark.parametrize("name", ANY_SHAPE)
-
-
-class OperatorLog(TorchDispatchMode):
-    """Names every operator that reaches a device."""
-
-    def __init__(self):
-        super().__init__()
-        self.names = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.names.append(func.name().removeprefix("aten::"))
-        return func(*args, **(kwargs or {}))
-
-    @property
-    def kernels(self):
-        return [name for name in self.names if name != "detach"]  # which launches nothing
 
 
 def operators(loss, logits=None, **options):
@@ -43,23 +22,6 @@ def operators(loss, logits=None, **options):
     with OperatorLog() as log:
         loss(logits, labels, **options).backward()
     return log
-
-
-@cache
-def operator_table():
-    """PyTorch's own list of operators and of the backends that have a kernel for each."""
-    path = Path(torchgen.__file__).parent / "packaged/ATen/native/native_functions.yaml"
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
-    return {entry["func"].split("(")[0]: entry for entry in yaml.load(path.read_text(), loader)}
-
-
-def runs_on_mps(name):
-    entry = operator_table()[name]
-    dispatch = entry.get("dispatch", {})
-    backends = {backend.strip() for key in dispatch for backend in key.split(",")}
-    if "structured_delegate" in entry and not backends & {"MPS", "CompositeExplicitAutograd"}:
-        return runs_on_mps(entry["structured_delegate"])
-    return not dispatch or any(backend == "MPS" or backend.startswith("Composite") for backend in backends)
 
 
 class TestAppleSilicon:

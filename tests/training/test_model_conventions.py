@@ -18,8 +18,8 @@ from transformers import (
 from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_adafocal import AdaFocalTrainer
+from hf_adafocal.training.collectors import HistogramCollector
 from hf_adafocal.training.model_conventions import ModelConventions
-from hf_adafocal.training.recorder import HistogramCollector
 
 
 @pytest.mark.parametrize("name", MODELS)

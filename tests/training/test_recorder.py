@@ -6,13 +6,19 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
+from hypothesis import given
+from hypothesis import strategies as st
+from operator_log import OperatorLog, runs_on_mps
 
+from hf_adafocal.metrics.histogram import CalibrationHistogram
 from hf_adafocal.metrics.scores import calibration_report
 from hf_adafocal.scaling.fit import fit_temperature
+from hf_adafocal.training import collectors
 from hf_adafocal.training import recorder as module
+from hf_adafocal.training.collectors import HistogramCollector, SampleCollector, _edges
 from hf_adafocal.training.processes import DataProcesses
-from hf_adafocal.training.recorder import EvaluationRecorder, HistogramCollector, SampleCollector, SeenClasses
-from hf_adafocal.training.sample_rows import sample_rows
+from hf_adafocal.training.recorder import EvaluationRecorder, SeenClasses
+from hf_adafocal.training.sample_rows import IGNORED, counted_rows, sample_rows, split_finite
 
 PROCESS = DataProcesses(Accelerator(cpu=True))
 
@@ -122,6 +128,26 @@ class TestKeptLogits:
         assert recorder.logits[1].tolist() == labels.tolist()
 
 
+def tricky_rows(dtype):
+    """Rows of samples that are saturated, tiny, ignored, not finite or between the edges of cells; an even number."""
+    logits, labels = predictions(3000, temperature=6.0)
+    rows = sample_rows(logits.to(dtype), labels)
+    rows[:10, 0] = torch.tensor([0, 1, 1e-30, 2.0**-25, 1 - 2.0**-24, 0.5, 1 / 3, 0.1, 1e-12, 0.996], dtype=dtype)
+    rows[10:20] = IGNORED
+    rows[20, 2], rows[21] = torch.inf, torch.nan
+    rows[22, 2], rows[23, 4] = 3e4, -1e-7
+    return rows
+
+
+def finished(*batches):
+    """Collector of some batches, and the number of samples that were not finite."""
+    collector = HistogramCollector()
+    for rows in batches:
+        collector.add(rows)
+    collector.finish()
+    return collector, collector.not_finite
+
+
 class TestHistogram:
     def test_it_gives_the_metrics_of_all_samples(self):
         logits, labels = predictions(3000)
@@ -151,9 +177,50 @@ class TestHistogram:
         monkeypatch.setattr(module, "MOST_SAMPLES", 200)
         assert type(recorded(*predictions(300), histogram=False)[0].samples["eval"]) is SampleCollector
 
+    def test_its_counts_are_those_of_the_rows_on_the_host(self):
+        """Two digits of 24 bits hold a confidence to 2^-48."""
+        for dtype in (torch.float32, torch.float64):
+            rows = tricky_rows(dtype)
+            found, not_finite = finished(rows)
+            expected = CalibrationHistogram()
+            held, others = split_finite(counted_rows(rows))
+            expected.update(held[:, 0], held[:, 1])
+            assert not_finite == others == 2
+            table, of_host = found._histogram.to_array(), expected.to_array()
+            np.testing.assert_array_equal(table[:2], of_host[:2])
+            np.testing.assert_allclose(table[2], of_host[2], rtol=1e-13, atol=len(rows) * 2.0**-48)
+            metrics = found.metrics(5)
+            assert metrics["nll"] == pytest.approx(held[:, 2].mean(), rel=1e-13)
+            assert metrics["brier"] == pytest.approx(held[:, 4].mean(), rel=1e-13)
+
+    @given(st.lists(st.floats(0, 1, width=32), min_size=1, max_size=20))
+    def test_any_float32_is_in_its_cell(self, confidences):
+        near = np.array(confidences, dtype=np.float32)
+        near = np.concatenate([near, np.nextafter(near, np.float32(1)), np.nextafter(near, np.float32(0)), 1 - near])
+        rows = torch.zeros(len(near), 5)
+        rows[:, 0] = torch.from_numpy(near)
+        expected = CalibrationHistogram()
+        expected.update(near, np.zeros(len(near)))
+        np.testing.assert_array_equal(finished(rows)[0]._histogram.to_array()[0], expected.to_array()[0])
+
+    def test_neither_batches_nor_their_order_change_a_bit(self, monkeypatch):
+        rows = tricky_rows(torch.float32)
+        expected = finished(rows)[0].metrics()
+        assert finished(*rows.flip(0).split(7))[0].metrics() == expected
+        monkeypatch.setattr(collectors, "_ROWS_AT_ONCE", 11)
+        assert finished(rows[torch.randperm(len(rows))].reshape(-1, 2, 5))[0].metrics() == expected
+
+    def test_a_device_without_float64_can_count(self):
+        rows = tricky_rows(torch.float32)
+        _edges(torch.float32, rows.device)
+        with OperatorLog() as log:
+            collector = HistogramCollector()
+            collector.add(rows)
+        assert [name for name in set(log.names) if not runs_on_mps(name)] == []
+        assert not log.dtypes & {torch.float64}
+
     def test_it_has_no_statistics_of_single_classes(self):
-        collector = HistogramCollector()
-        collector.add(sample_rows(*predictions(20, 3)))
+        collector, _ = finished(sample_rows(*predictions(20, 3)))
         assert collector.statistics(5).class_gap is None
         with pytest.raises(ValueError, match="no statistics of single classes"):
             collector.statistics(5, num_classes=3)

@@ -86,10 +86,11 @@ def of_evaluation(run, dataset):
 
 class TestEvaluation:
     @pytest.mark.parametrize("calibrates", [False, True])
-    def test_more_batches_wait_no_more_often(self, tmp_path, calibrates):
+    @pytest.mark.parametrize("histogram", [False, True])
+    def test_more_batches_wait_no_more_often(self, tmp_path, calibrates, histogram):
         """The stock evaluation copies losses to the host once, at its end, and so must ours."""
         found = []
         for batch_size in (60, 6):
-            run = tiny.trainer(tmp_path, per_device_eval_batch_size=batch_size)
+            run = tiny.trainer(tmp_path, per_device_eval_batch_size=batch_size, streaming_calibration=histogram)
             found.append(of_evaluation(run, run.eval_dataset if calibrates else tiny.token_dataset(60, seed=1)))
         assert found[0] == found[1]
