@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
-from transformers.trainer_utils import default_compute_objective
 from transformers.utils import logging
 
 from hf_adafocal.checkpoint_files import STATE_FILE
@@ -17,24 +16,19 @@ from hf_adafocal.report.card import write_card
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.scaling.folding import forget_scaling, recorded_scaling
-from hf_adafocal.training.arguments import STEERING_ARGUMENTS, AdaFocalTrainingArguments
+from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 from hf_adafocal.training.calibration_at_end import CalibrationOutcome, calibrate_head, check_before_training
 from hf_adafocal.training.callbacks import (
     AdaFocalCallback,
     AdaptiveStateCallback,
     FirstStepCheck,
     SaveAfterEvaluation,
-    SmoothingCallback,
     saved_adaptive_state,
 )
-from hf_adafocal.training.hub_uploads import UploadingTrainer
 from hf_adafocal.training.input_checks import check_batch, check_data_sets, check_model, reject_ignored_arguments
 from hf_adafocal.training.label_checks import LabelCheck
 from hf_adafocal.training.model_conventions import FurtherTerms, ModelConventions, logits_of
 from hf_adafocal.training.plan import (
-    adaptive_part,
-    build_run_loss,
-    check_histogram,
     evaluated_as,
     resolve_plan,
     warn_of_few_samples,
@@ -50,6 +44,8 @@ from hf_adafocal.training.run_report import (
     tensorboard_writer_of,
 )
 from hf_adafocal.training.sample_rows import mean_nll
+from hf_adafocal.training.search import SearchingTrainer
+from hf_adafocal.training.smoothing_callback import SmoothingCallback
 from hf_adafocal.training.smoothing_control import measure_slice
 from hf_adafocal.training.step_scale import StepScale
 from hf_adafocal.training.term_start import TermStart
@@ -58,7 +54,7 @@ from hf_adafocal.training.trackers import TRACKERS, PictureCallback
 logger = logging.get_logger(__name__)
 
 
-class AdaFocalTrainer(UploadingTrainer):
+class AdaFocalTrainer(SearchingTrainer):
     """A `Trainer` that trains with AdaFocal, or any loss of `LOSSES`, and reports calibration.
 
     AdaFocal's gamma moves after each evaluation of the calibration set during training, and at the end of each epoch
@@ -182,13 +178,8 @@ class AdaFocalTrainer(UploadingTrainer):
             return AdaFocalCallback(
                 adaptive, self._awaited_statistics, prefix, self.log, self._evaluate_calibration, plan.calibration_text
             )
-        size, options = plan.calibration_size or 0, {"processes": self.processes.count, **self._steering}
+        size, options = plan.calibration_size or 0, {"processes": self.processes.count, **self.steering}
         return SmoothingCallback(adaptive, partial(measure_slice, self), size, log=self.log, **options)
-
-    @property
-    def _steering(self) -> dict[str, Any]:
-        named = zip(("every", "samples", "gain"), STEERING_ARGUMENTS, strict=True)
-        return {name: getattr(self.args, argument, None) for name, argument in named}
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args, **kwargs):
         """Train as `ResumableTrainer.train`; checks checkpoints first and applies `calibrate_at_end`.
@@ -362,40 +353,3 @@ class AdaFocalTrainer(UploadingTrainer):
             super().create_model_card(*args, **kwargs)
         else:
             write_card(self.folder, report, **card_options(self, *args, **kwargs))
-
-    # Hyper-parameter search ------------------------------------------------------------------------------------------
-
-    def hyperparameter_search(self, hp_space=None, compute_objective=None, *args, **kwargs):
-        """As `Trainer.hyperparameter_search`; each trial starts from the loss that its own arguments describe.
-
-        Without `compute_objective` it is the evaluation loss (the NLL), or the sum of what `compute_metrics` returns.
-
-        Raises:
-            ValueError: If a trial changes the loss to one that adapts in another way: take a trainer for each.
-        """
-        return super().hyperparameter_search(hp_space, compute_objective or self._objective, *args, **kwargs)
-
-    def _objective(self, metrics: dict[str, float]) -> float:
-        return default_compute_objective(
-            {name: value for name, value in metrics.items() if name not in self.added_metrics}
-        )
-
-    def _hp_search_setup(self, trial):
-        super()._hp_search_setup(trial)
-        if trial is None or not isinstance(self.args, AdaFocalTrainingArguments) or not self.plan.from_arguments:
-            return
-        self.args.check_loss_settings()
-        loss = build_run_loss(self.args, self.model, self.train_dataset)
-        old, new = self.plan.adaptive, adaptive_part(loss)
-        if getattr(old, "follows", None) != getattr(new, "follows", None):
-            raise ValueError(
-                f"A trial cannot change the loss to one that adapts in another way, found {self.args.loss!r}: search "
-                "each of the two in a trainer of its own."
-            )
-        check_histogram(self.plan.histogram, new)
-        self.loss = loss.to(self.args.device)
-        self.plan = self.plan.with_loss(self.loss)
-        if self.adaptive_callback is not None:
-            self.adaptive_callback.loss = new
-        if isinstance(self.adaptive_callback, SmoothingCallback):
-            vars(self.adaptive_callback).update(self._steering)

@@ -17,6 +17,7 @@ import hf_adafocal.training
 from hf_adafocal import AdaFocalTrainer
 from hf_adafocal.training.hub_uploads import UploadingTrainer
 from hf_adafocal.training.resumable import ResumableTrainer
+from hf_adafocal.training.search import SearchingTrainer
 
 TRAINING = Path(hf_adafocal.training.__file__).parent
 NEEDS_RUN_EPOCH = pytest.mark.skipif(
@@ -31,7 +32,7 @@ OVERRIDDEN = {
         "evaluation batch waits for a collective",
     ),
     "_hp_search_setup": (
-        AdaFocalTrainer,
+        SearchingTrainer,
         "each trial of a hyper-parameter search goes on with the loss and the gammas of the trial before it",
     ),
     "_push_from_checkpoint": (
