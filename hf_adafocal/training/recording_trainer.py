@@ -116,7 +116,8 @@ class RecordingTrainer(ResumableTrainer):
         """
         loader = super().get_train_dataloader()
         if self.processes.count > 1 and not self.accelerator.even_batches and isinstance(self.train_dataset, Sized):
-            lengths = self.processes.gather(torch.tensor([len(loader)], device=self.args.device)).tolist()
+            own = torch.tensor([self._training_batches(loader, self.train_dataset)], device=self.args.device)
+            lengths = self.processes.gather(own).tolist()
             if len(set(lengths)) > 1:
                 raise ValueError(
                     f"With even_batches=False every process must have as many training batches, found {lengths}: the "
@@ -124,6 +125,14 @@ class RecordingTrainer(ResumableTrainer):
                     "size, or leave even_batches on (the last batch then repeats some samples)."
                 )
         return loader
+
+    def _training_batches(self, loader: Any, dataset: Sized) -> int:
+        """Number of batches that this process gets, where batches are not made even."""
+        if not self.accelerator.split_batches or self.args.dataloader_drop_last:
+            return len(loader)
+        # Of a batch that is split each process has a part, and accelerate's length counts the empty parts too.
+        whole, rest = divmod(len(dataset), loader.total_batch_size)
+        return whole + (rest > loader.total_batch_size // self.processes.count * self.processes.index)
 
     def get_eval_dataloader(self, eval_dataset=None):
         """As `Trainer.get_eval_dataloader`, but no sample is dropped and every process has as many batches."""

@@ -23,15 +23,19 @@ CONFIG = {
 }
 
 
-def written(folder, run, **facts) -> None:
+def facts(run, **more) -> dict:
+    """What a run has logged and ended with."""
     log = run.state.log_history
-    facts |= {
+    return more | {
         "rows": len(run.recorder.calibration) if run.recorder.calibration is not None else None,
         "table": run.loss.table() if run.plan.adaptive is not None else None,
         "training": [[entry["loss"], entry["grad_norm"]] for entry in log if "grad_norm" in entry],
         "evaluations": [[entry["eval_loss"], entry["eval_ece"]] for entry in log if "eval_ece" in entry],
     }
-    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(facts))
+
+
+def written(folder, run, **more) -> None:
+    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(facts(run, **more)))
 
 
 def ranks(folder) -> tuple[dict, dict]:
@@ -147,43 +151,64 @@ class TestSplitSequences:
         check_sequences_are_whole(None)
 
 
-def train_on_uneven_batches(folder, size, batch_size, settings) -> None:
+# Samples, batch size of a process and settings of accelerate.
+UNEVEN = {
+    "short last batch": (14, 4, {"even_batches": False}),
+    "one has no last batch": (12, 4, {"even_batches": False}),
+    "split, short last batch": (14, 8, {"even_batches": False, "split_batches": True}),
+    "split, one sample left": (9, 8, {"even_batches": False, "split_batches": True}),
+    "split and made even": (14, 8, {"split_batches": True}),
+}
+
+
+def train_on_uneven_batches(folder, ways) -> None:
     torch.set_num_threads(1)
-    run = tiny.trainer(
-        folder,
-        train_dataset=tiny.token_dataset(size),
-        eval_dataset=tiny.token_dataset(33, seed=1),
-        per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=4,
-        ddp_find_unused_parameters=False,
-        accelerator_config={"even_batches": False},
-        **settings,
-    )
-    try:
-        run.train()
-        error = ""
-    except ValueError as found:
-        error = str(found)
-    written(folder, run, error=error, steps=run.state.global_step)
+    found = {}
+    for way in ways:
+        size, batch_size, config = UNEVEN[way]
+        run = tiny.trainer(
+            folder,
+            train_dataset=tiny.token_dataset(size),
+            eval_dataset=tiny.token_dataset(33, seed=1),
+            per_device_train_batch_size=batch_size,
+            per_device_eval_batch_size=4,
+            ddp_find_unused_parameters=False,
+            accelerator_config=config,
+        )
+        try:
+            run.train()
+            error = ""
+        except ValueError as raised:
+            error = str(raised)
+        found[way] = facts(run, error=error, steps=run.state.global_step)
+    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(found))
 
 
 class TestBatchesThatAreNotMadeEven:
-    def test_unequal_last_batches_of_training_count_each_sample_once(self, tmp_path):
-        """14 samples: 4 and 4, then 4 and 2 on two processes; one has 8 and 6."""
-        one, two = tmp_path / "one", tmp_path / "two"
-        for folder in (one, two):
-            folder.mkdir()
-        debug_launcher(train_on_uneven_batches, args=(two, 14, 4, {}), num_processes=2)
-        train_on_uneven_batches(one, 14, 8, {})
-        expected, (first, second) = json.loads((one / "rank-0.json").read_text()), ranks(two)
-        assert first == second and first["rows"] == 33 and first["steps"] == 4 and not first["error"]
-        np.testing.assert_allclose(first["training"], expected["training"], rtol=1e-4)
-        np.testing.assert_allclose(first["evaluations"], expected["evaluations"], rtol=1e-4)
+    @pytest.fixture(scope="class")
+    def runs(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("two")
+        debug_launcher(train_on_uneven_batches, args=(folder, list(UNEVEN)), num_processes=2)
+        return ranks(folder)
 
-    def test_an_unequal_number_of_them_is_refused_before_the_first_step(self, tmp_path):
-        debug_launcher(train_on_uneven_batches, args=(tmp_path, 12, 4, {}), num_processes=2)
-        for found in ranks(tmp_path):
-            assert "found [2, 1]" in found["error"] and found["steps"] == 0
+    def test_unequal_last_batches_of_training_count_each_sample_once(self, tmp_path, runs):
+        """14 samples: 4 and 4, then 4 and 2 on two processes; one has 8 and 6."""
+        train_on_uneven_batches(tmp_path, ["split, short last batch"])
+        expected = json.loads((tmp_path / "rank-0.json").read_text())["split, short last batch"]
+        for way in ("short last batch", "split, short last batch"):
+            first, second = (found[way] for found in runs)
+            assert first == second and first["rows"] == 33 and first["steps"] == 4 and not first["error"]
+            np.testing.assert_allclose(first["training"], expected["training"], rtol=1e-4)
+            np.testing.assert_allclose(first["evaluations"], expected["evaluations"], rtol=1e-4)
+
+    def test_split_and_made_even_they_are_trained_on(self, runs):
+        first, second = (found["split and made even"] for found in runs)
+        assert first == second and first["steps"] == 4 and not first["error"]
+
+    @pytest.mark.parametrize("way", ["one has no last batch", "split, one sample left"])
+    def test_an_unequal_number_of_them_is_refused_before_the_first_step(self, runs, way):
+        for found in runs:
+            assert "found [2, 1]" in found[way]["error"] and found[way]["steps"] == 0
 
 
 def calibrate_in_a_loop(folder, sizes) -> None:
