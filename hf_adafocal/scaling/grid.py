@@ -45,17 +45,16 @@ def nll_on_grid(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Ten
         raise ValueError(
             f"Expected logits (..., C) and labels (...), found {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
-    logits = logits.detach().flatten(0, -2)
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    labels = labels.flatten()
+    logits, labels = logits.detach().flatten(0, -2), labels.flatten()
+    dtype = torch.promote_types(logits.dtype, torch.float32)
     wide = torch.float32 if logits.device.type == "mps" else torch.float64
-    nodes = inverse_temperatures().to(logits)
+    nodes = inverse_temperatures().to(logits.device, dtype)
     first = nodes[:CHAINS, None]
     sums = torch.zeros(2, NUM_NODES, dtype=wide, device=logits.device)
     limit = _VALUES_AT_ONCE.get(logits.device.type, _VALUES_AT_ONCE_ELSEWHERE)
     rows = max(1, limit // (CHAINS * logits.shape[-1]))
     for start in range(0, len(labels), rows):
-        part, target = logits[start : start + rows], labels[start : start + rows]
+        part, target = logits[start : start + rows].to(dtype), labels[start : start + rows]
         counted = target != ignore_index
         shifted = part - part.amax(-1, keepdim=True)
         of_label = shifted.gather(-1, target.where(counted, 0).long()[:, None])

@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, Subset
 from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.preserved_state import evaluating, random_state_kept
 from hf_adafocal.training.model_conventions import logits_of
+from hf_adafocal.training.sample_rows import CHUNK_VALUES
 
 if TYPE_CHECKING:
     from hf_adafocal.training.trainer import AdaFocalTrainer
@@ -42,8 +43,9 @@ def temperature_sums(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
         ignore_index: Label of samples that do not count.
 
     Returns:
-        Shape `(3,)`, float64 on the CPU: `sum(z_label - m)`, `sum(v)`, the number of samples. Not finite if a logit
-        is NaN or infinite; a class of probability 0 may have a logit of -inf.
+        Shape `(3,)`: `sum(z_label - m)`, `sum(v)`, the number of samples; float64 on the device of the logits (float32
+        on one that has no float64). Not finite if a logit is NaN or infinite; a class of probability 0 may have a
+        logit of -inf.
 
     Raises:
         ValueError: If the shapes do not fit.
@@ -52,16 +54,21 @@ def temperature_sums(logits: Tensor, labels: Tensor, ignore_index: int = -100) -
         raise ValueError(
             f"Expected logits (N, C) and labels (N,), found {tuple(logits.shape)} and {tuple(labels.shape)}."
         )
+    flat, size = logits.reshape(-1, logits.shape[-1]), max(1, CHUNK_VALUES // logits.shape[-1])
+    parts = zip(flat.split(size), labels.reshape(-1).split(size), strict=True)
+    return torch.stack([_sums_of(part, target, ignore_index) for part, target in parts]).sum(0)
+
+
+def _sums_of(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     counted = labels != ignore_index
-    logits, labels = logits[counted], labels[counted].long()
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     p = F.softmax(logits, dim=-1)
     possible = p != 0  # NaN is
     mean = (p * logits.where(possible, 0)).sum(-1, keepdim=True)
-    score = logits.gather(-1, labels[:, None]) - mean
-    spread = p * (logits - mean).where(possible, 0).square()
-    sums = torch.stack([score.sum(), spread.sum()]).cpu().double()
-    return torch.cat([sums, sums.new_tensor([len(labels)])])
+    score = (logits.gather(-1, labels.where(counted, 0).long()[:, None]) - mean)[:, 0]
+    spread = (p * (logits - mean).where(possible, 0).square()).sum(-1)
+    wide = torch.float32 if logits.device.type == "mps" else torch.float64
+    return torch.stack([values.where(counted, 0).sum(dtype=wide) for values in (score, spread, counted)])
 
 
 def log_temperature(sums: Tensor) -> float:
@@ -196,7 +203,7 @@ def measure_slice(trainer: "AdaFocalTrainer", indices: np.ndarray) -> Tensor:
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory and torch.accelerator.is_available(),
     )
-    sums = torch.zeros(3)
+    sums: list[Tensor] = []
     evaluate = getattr(trainer.optimizer, "eval", None)
     if callable(evaluate):
         evaluate()  # schedule-free ones evaluate other weights; the next training step swaps them back
@@ -207,5 +214,6 @@ def measure_slice(trainer: "AdaFocalTrainer", indices: np.ndarray) -> Tensor:
             with trainer.compute_loss_context_manager():
                 outputs = trainer.model_wrapped(**trainer.conventions.inputs(batch))
             logits = classes_last(logits_of(outputs, type(trainer.model).__name__), targets)
-            sums = sums + temperature_sums(logits, targets, trainer.ignore_index)
-    return trainer.processes.sum(sums.float().to(args.device)).cpu()
+            sums.append(temperature_sums(logits, targets, trainer.ignore_index))
+    total = torch.stack(sums).sum(0) if sums else torch.zeros(3)
+    return trainer.processes.sum(total.float().to(args.device)).cpu()  # the only copy to the host

@@ -9,12 +9,14 @@ from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
 from operator_log import OperatorLog, runs_on_mps
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from hf_adafocal.metrics.histogram import CalibrationHistogram
+from hf_adafocal.metrics.histogram import CalibrationHistogram, cell_edges
 from hf_adafocal.metrics.scores import calibration_report
 from hf_adafocal.scaling.fit import fit_temperature
 from hf_adafocal.training import collectors
 from hf_adafocal.training import recorder as module
+from hf_adafocal.training import sample_rows as sample_rows_module
 from hf_adafocal.training.collectors import HistogramCollector, SampleCollector, _edges
 from hf_adafocal.training.processes import DataProcesses
 from hf_adafocal.training.recorder import EvaluationRecorder, SeenClasses
@@ -224,6 +226,44 @@ class TestHistogram:
         assert collector.statistics(5).class_gap is None
         with pytest.raises(ValueError, match="no statistics of single classes"):
             collector.statistics(5, num_classes=3)
+
+    def test_counts_are_added_up_where_the_backend_takes_them(self):
+        """nccl reduces tensors of the accelerator alone, and gloo does so with integers of 64 bits as nccl does."""
+
+        class Processes:
+            device = torch.device("cuda")
+
+            def sum(self, values):
+                given.append((values.device.type, values.dtype))
+                raise InterruptedError  # what no GPU has summed cannot be read
+
+        given = []
+        for batches in (0, 1):  # of this process
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                collector = HistogramCollector()
+                if batches:
+                    collector._cells = torch.zeros(4, len(cell_edges()), dtype=torch.long, device="cuda")
+                    collector._totals = torch.zeros(7, dtype=torch.long, device="cuda")
+                with pytest.raises(InterruptedError):
+                    collector.finish(Processes())
+        assert given == [("cuda", torch.long)] * 2
+
+
+class TestMemory:
+    @pytest.mark.parametrize("histogram", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+    def test_of_a_large_vocabulary_nothing_as_large_as_the_logits_is_made(self, monkeypatch, dtype, histogram):
+        """Nor a part of them in float32 beyond a chunk."""
+        logits, labels = torch.randn(2, 160, 8000).to(dtype), torch.randint(8000, (2, 160))
+        monkeypatch.setattr(sample_rows_module, "CHUNK_VALUES", 1 << 16)
+        monkeypatch.setattr(collectors, "_ROWS_AT_ONCE", 64)
+        recorder = EvaluationRecorder(PROCESS, histogram=histogram)
+        recorder.begin(range(2), of_calibration=True)
+        finished(torch.zeros(1, 5))  # makes the edges of the cells once for all
+        with OperatorLog() as log:
+            recorder.observe(logits, labels)
+        cells = 8 * 4 * len(cell_edges()) if histogram else 0
+        assert logits.nbytes >= 4 << 20 > log.largest and log.largest <= max(4 << 18, cells)
 
 
 class TestSeenClasses:

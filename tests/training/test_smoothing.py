@@ -28,7 +28,8 @@ from transformers import (
 from hf_adafocal import AdaFocalTrainer
 from hf_adafocal.losses import AdaptiveLabelSmoothingLoss
 from hf_adafocal.losses.batch_loss import CombinedLoss
-from hf_adafocal.training.callbacks import SmoothingCallback
+from hf_adafocal.training import smoothing_control
+from hf_adafocal.training.smoothing_callback import SmoothingCallback
 
 SMOOTHING = "adaptive_label_smoothing"
 OURS = {"loss": SMOOTHING, "eval_strategy": "no"}
@@ -558,6 +559,14 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[index]
 
 
+class WithWorker(Rows):
+    """Rows that say which worker loads them, -1 for the main process."""
+
+    def __getitem__(self, index):
+        worker = torch.utils.data.get_worker_info()
+        return {**self.rows[index], "worker": -1 if worker is None else worker.id}
+
+
 DATA, OTHER = tiny.token_dataset(60, seed=1), tiny.token_dataset(30, seed=2)
 WAYS = {
     "a set of its own": {"calibration_dataset": DATA, "eval_dataset": OTHER},
@@ -616,6 +625,25 @@ class TestCalibrationData:
         run.train()
         assert sorted(set(seen)) == list(range(16)) and len(run.calibration_dataset) == 16
         assert len(updates(run)) == 5 and run.loss.smoothing.item() != 0
+
+    def test_slices_are_loaded_by_workers_and_pinned_as_the_arguments_say(self, tmp_path, monkeypatch):
+        class Noted(torch.utils.data.DataLoader):
+            def __init__(self, *args, **kwargs):
+                given.append((kwargs["num_workers"], kwargs["pin_memory"]))
+                super().__init__(*args, **{**kwargs, "pin_memory": False})  # there is nothing to pin it for
+
+        given, places = [], []
+        monkeypatch.setattr(smoothing_control, "DataLoader", Noted)
+        settings = {"dataloader_num_workers": 1, "remove_unused_columns": False, "split_overlap": "skip"}
+        run = build(tmp_path, eval_dataset=WithWorker(DATA), **settings)
+        prepare = run._prepare_inputs
+        monkeypatch.setattr(run, "_prepare_inputs", lambda batch: places.append(batch.pop("worker")) or prepare(batch))
+        monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        run.adaptive_callback.measure(np.arange(16))
+        run.args.dataloader_pin_memory, run.args.dataloader_num_workers = False, 0
+        run.adaptive_callback.measure(np.arange(16))
+        assert given == [(1, True), (0, False)]
+        assert [set(found.tolist()) for found in places] == [{0}, {-1}]
 
     def test_a_stream_cannot_be_sliced(self, tmp_path):
         streamed = IterableDataset.from_generator(lambda: iter(DATA))

@@ -2,9 +2,11 @@
 
 import collections
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from loss_names import ADAPTIVE
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -66,12 +68,29 @@ class TestTraining:
         )
         return of_training(Trainer(tiny.bert(), args, train_dataset=tiny.token_dataset()))
 
-    @pytest.mark.parametrize("loss", ["cross_entropy", "adafocal", "classwise_adafocal", "adaptive_label_smoothing"])
+    @pytest.mark.parametrize("loss", ["cross_entropy", *ADAPTIVE, "brier", "mmce", "soft_ece", "aurc"])
     def test_a_step_waits_no_more_than_one_of_the_stock_trainer(self, tmp_path, stock, loss):
         ours = of_training(tiny.trainer(tmp_path, loss=loss, **SETTINGS))
         assert len(ours) == len(stock) == 4
         for mine, theirs in zip(ours, stock, strict=True):
             assert sum(mine.values()) <= sum(theirs.values()), (mine, theirs)
+
+
+class TestCalibrationSlices:
+    def test_a_slice_of_many_batches_waits_once(self, tmp_path):
+        """For its sums, which the controller needs; no batch of it does."""
+        found = []
+        for batch_size in (60, 6):
+            run = tiny.trainer(
+                tmp_path, loss="adaptive_label_smoothing", per_device_eval_batch_size=batch_size, calibration_steps=2
+            )
+            copies, to_host = [], torch.Tensor.cpu
+            with pytest.MonkeyPatch.context() as patch, Waits() as waits:
+                patch.setattr(torch.Tensor, "cpu", lambda values: copies.append(1) or to_host(values))  # noqa: B023
+                run.adaptive_callback.measure(np.arange(60))
+            found.append((dict(waits.count), len(copies)))
+        seed_of_the_loader = {"_local_scalar_dense": 1}  # a number that never was on a device
+        assert found == [(seed_of_the_loader, 1)] * 2
 
 
 def of_evaluation(run, dataset):
