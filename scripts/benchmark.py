@@ -28,11 +28,13 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import Dataset, StackDataset
 
+from hf_adafocal.losses.layout import classes_second
 from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES
 from hf_adafocal.metrics import classwise
 from hf_adafocal.metrics import scores as metrics
 
 SHAPES = ((128, 10), (4096, 20), (4096, 1000), (512, 32000))
+TOKENS = (8, 128, 1000)  # texts, tokens, classes
 BASELINE = "F.cross_entropy"
 METRIC_SHAPES = ((10_000, 10), (50_000, 100), (50_000, 1000))
 NUM_BINS = 15
@@ -123,6 +125,22 @@ def benchmark_losses(device: str, rounds: int) -> None:
                 f"{memory[name] / memory[BASELINE]:.2f}",
             )  # fmt: skip
             print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def benchmark_tokens(device: str, rounds: int) -> None:
+    """Print what AdaFocal of token logits, classes last, takes as rows and with the classes moved second."""
+    adafocal = candidates(device)["adafocal"]
+    logits = torch.randn(TOKENS, device=device, requires_grad=True)
+    labels = torch.randint(TOKENS[-1], TOKENS[:-1], device=device)
+    layouts: dict[str, Callable] = {
+        "F.cross_entropy, rows": lambda logits, labels: F.cross_entropy(logits.flatten(0, 1), labels.flatten()),
+        "adafocal, rows": lambda logits, labels: adafocal(*classes_second(logits, labels)),
+        "adafocal, classes second": lambda logits, labels: adafocal(logits.movedim(-1, 1), labels),
+    }
+    print(f"\n| tokens {TOKENS} | time | by the first |\n| --- | --- | --- |")
+    times = interleaved(layouts, lambda loss: seconds(loss, logits, labels, 3), rounds)
+    for name, (spent, ratio) in times.items():
+        print(f"| {name} | {1e3 * spent:.1f} ms | {ratio:.2f} |", flush=True)
 
 
 def predictions(samples: int, classes: int) -> tuple[np.ndarray, np.ndarray]:
@@ -415,6 +433,7 @@ def main() -> None:
     torch.manual_seed(0)
     if options.what == "losses":
         benchmark_losses(options.device, options.rounds or 60)
+        benchmark_tokens(options.device, options.rounds or 60)
     elif options.what == "metrics":
         benchmark_metrics(options.rounds or 9)
     else:

@@ -11,6 +11,8 @@ import transformers
 from PIL import Image
 from tiny import LENGTH, NUM_CLASSES, VOCABULARY, bert
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     AutoModelForImageClassification,
     AutoModelForSequenceClassification,
@@ -34,6 +36,7 @@ from hf_adafocal.models import (
     timm_classifier,
     train_word_level_tokenizer,
 )
+from hf_adafocal.scaling import folding
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
 from hf_adafocal.scaling.folding import (
     check_foldable,
@@ -235,6 +238,21 @@ class TestFoldScaling:
         assert torch.equal(model.classifier.weight, (weight / 2.7).bfloat16())
         assert torch.equal(model.classifier.bias, (bias / 2.7).bfloat16())
         np.testing.assert_allclose(logits_of(model).float().softmax(-1), expected, atol=2e-2)
+
+    def test_a_device_without_float64_gets_none(self):
+        class Made(TorchDispatchMode):
+            def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+                found = func(*args, **(kwargs or {}))
+                if isinstance(found, torch.Tensor):
+                    made.append((found.device.type, found.dtype))
+                return found
+
+        made = []
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            head = torch.nn.Linear(4, 3, device="cuda")
+            with Made():
+                folding._rescale(head, 0.5, (1.0, 2.0, 3.0))
+        assert ("cpu", torch.float64) in made and ("cuda", torch.float64) not in made
 
     def test_a_power_of_two_is_exact_in_bfloat16(self):
         model = classifier("bert").to(torch.bfloat16)
