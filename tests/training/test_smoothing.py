@@ -639,6 +639,7 @@ class TestCalibrationData:
         prepare = run._prepare_inputs
         monkeypatch.setattr(run, "_prepare_inputs", lambda batch: places.append(batch.pop("worker")) or prepare(batch))
         monkeypatch.setattr(torch.accelerator, "is_available", lambda: True)
+        run.args.dataloader_pin_memory = True
         run.adaptive_callback.measure(np.arange(16))
         run.args.dataloader_pin_memory, run.args.dataloader_num_workers = False, 0
         run.adaptive_callback.measure(np.arange(16))
