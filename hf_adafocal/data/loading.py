@@ -1,6 +1,7 @@
 """Loading of a labelled data set as training, calibration and test split that share no rows."""
 
 from collections.abc import Callable, Collection
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -144,6 +145,8 @@ def without_shared_rows(splits: Splits, blank_tokens: Collection[int] = ()) -> S
 def _read(dataset: str) -> DatasetDict:
     """Load all splits of a data set by its built-in name, Hub id or folder."""
     source = HUB_IDS.get(dataset, dataset)
+    if Path(source).is_file():
+        raise ValueError(f"{source!r} is a file: name the folder that it is in, which holds the data set alone.")
     try:
         return load_dataset(source)
     except OSError as error:  # no network, no such data set

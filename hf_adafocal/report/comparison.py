@@ -53,7 +53,9 @@ def verdict(tests: Mapping[str, Sequence[Mapping[str, Any]]], baseline: str = "c
     excess = fitted - lowest
     scaled = f"{baseline} with a fitted temperature has an ECE of {fitted.mean():.2f} %, {paired_difference(excess)}"
     against = "against the lowest as trained"
-    if excess.mean() <= 0 or is_noise(excess):
+    if is_noise(excess):
+        sentences.append(f"Whether a temperature is enough these seeds leave open: {scaled} {against}.")
+    elif excess.mean() < 0:
         sentences.append(f"A temperature is enough here: {scaled} {against}.")
     else:
         sentences.append(f"A temperature alone does not reach it: {scaled} {against}.")

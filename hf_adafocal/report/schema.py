@@ -115,6 +115,12 @@ class Report:
         """Which of the two results describes the checkpoint's own scores: "raw" or "temperature_scaled"."""
         return SCALED if self.folded else RAW
 
+    def __str__(self) -> str:
+        """The table of metrics, in Markdown."""
+        from hf_adafocal.report.tables import report_table  # which needs this class
+
+        return report_table(self)
+
     @property
     def metrics(self) -> dict[str, float]:
         """Metrics of the checkpoint's own scores."""

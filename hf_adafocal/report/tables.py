@@ -66,14 +66,16 @@ def report_table(
         report: Of a run.
         keys: Metrics to show; one that no row has is left out.
         intervals: Those that are shown with their 95 % interval.
-        mark: Set the row of the checkpoint's own scores in bold and escape names, as a card needs it.
+        mark: Set the title of the checkpoint's own scores in bold and escape names, as a card needs it.
     """
     test = report.test
     titles = scores_titles(report)
     rows = []
     for name, metrics in test.rows().items():
         ends = test.intervals.get(name, {})
-        title = f"**{titles[name]}** (this checkpoint)" if mark and name == report.shipped else titles[name]
+        title = titles[name]
+        if name == report.shipped:
+            title = f"**{title}** (this checkpoint)" if mark else f"{title} (this checkpoint)"
         rows.append((title, metrics, {key: ends[key] for key in intervals if key in ends}))
     named = ((escape(title) if mark else title, metrics) for title, metrics in report.baselines.items())
     rows += [(f"baseline: {title}", metrics, {}) for title, metrics in named]

@@ -211,6 +211,8 @@ class AdaFocalTrainingArguments(TrainingArguments):
         given = self.class_weights
         if given in (None, "balanced"):
             return given
+        if isinstance(given, Mapping):  # a loop over it would take the classes for the weights
+            raise ValueError(f"class_weights must be a list of one number per class, in their order, found {given!r}.")
         try:
             weights = [float(part) for part in (given.split(",") if isinstance(given, str) else given)]
         except (TypeError, ValueError) as error:

@@ -228,6 +228,9 @@ class AdaFocalCallback(AdaptiveStateCallback):
         calibration_text: str = "",
     ) -> None:
         super().__init__(loss, log)
+        counted = getattr(getattr(calibrate, "__self__", None), "num_bins", loss.num_bins)
+        if counted != loss.num_bins:
+            raise ValueError(f"The loss has {loss.num_bins} bins and its statistics {counted}: give both one number.")
         self.calibrate = calibrate
         self.calibration_text = calibration_text
         self.prefixes = ("eval", "eval_calibration") if metric_key_prefix is None else (metric_key_prefix,)
@@ -296,10 +299,11 @@ class AdaFocalCallback(AdaptiveStateCallback):
         if expected >= FEW_UPDATES:
             logger.info(f"{text}.")
         else:
+            folded = getattr(args, "calibrate_at_end", False)
             logger.warning(
                 f"{text}, too few to leave its start far behind: expect the calibration of a focal loss with gamma "
-                f"{self.loss.readings().get('gamma_mean', 1.0):g}. More evaluations (eval_strategy='steps', a smaller "
-                "eval_steps), or a temperature at the end (calibrate_at_end=True of AdaFocalTrainingArguments), help."
+                f"{self.loss.readings().get('gamma_mean', 1.0):g}. More evaluations help (eval_strategy='steps', "
+                f"smaller eval_steps){'' if folded else ', or a temperature at the end'}."
             )
 
 

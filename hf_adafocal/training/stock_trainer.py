@@ -6,6 +6,7 @@ from torch import Tensor
 from hf_adafocal.losses.layout import classes_last
 from hf_adafocal.metrics.binning import BinStats
 from hf_adafocal.training.sample_rows import (
+    COLUMNS,
     check_counts,
     counted_rows,
     equal_mass_statistics,
@@ -50,7 +51,17 @@ class CalibrationMetrics:
         return sample_rows(logits, labels, self.ignore_index)
 
     def __call__(self, prediction) -> dict[str, float]:
-        """Compute metrics of an `EvalPrediction` whose predictions are rows; for `compute_metrics`."""
+        """Compute metrics of an `EvalPrediction` whose predictions are rows; for `compute_metrics`.
+
+        Raises:
+            ValueError: If the predictions are logits: the Trainer was not given `reduce`.
+        """
+        shape = np.shape(prediction.predictions)
+        if shape[-1] != len(COLUMNS):
+            raise ValueError(
+                f"Expected the five numbers per sample of `reduce`, found predictions of shape {shape}: give the "
+                "Trainer preprocess_logits_for_metrics=calibration.reduce as well."
+            )
         rows, others = split_finite(counted_rows(prediction.predictions))
         check_counts(len(rows), others, "evaluation set", self.ignore_index)
         self._rows = rows

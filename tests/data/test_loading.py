@@ -162,6 +162,11 @@ class TestLocalFolder:
         with pytest.raises(OSError, match="'SetFit/20_newsgroups' cannot be loaded: Couldn't reach.*--dataset FOLDER"):
             load_splits("20_newsgroups")
 
+    def test_a_file_is_told_from_the_folder_that_is_wanted(self, tmp_path):
+        (tmp_path / "rows.csv").write_text("text,label\na,0\n")
+        with pytest.raises(ValueError, match="rows.csv' is a file: name the folder"):
+            load_splits(str(tmp_path / "rows.csv"))
+
     def test_files_that_cannot_be_read_are_a_value_error(self, tmp_path):
         (tmp_path / "train.parquet").write_bytes(b"no parquet")
         with pytest.raises(ValueError, match="cannot be read"):

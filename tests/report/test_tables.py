@@ -31,7 +31,10 @@ class TestReportTable:
         report = build_report(overconfident(100, 0), overconfident(100, 1), model=FACTS, num_resamples=10)
         lines = report_table(report).splitlines()
         assert cells(lines[0]) == ["scores", "accuracy %", "NLL", "Brier", "ECE %", "AdaECE %"]
-        assert cells(lines[2])[0] == "as trained" and cells(lines[2])[4] == f"{100 * report.test.raw['ece']:.2f}"
+        assert (
+            cells(lines[2])[0] == "as trained (this checkpoint)"
+            and cells(lines[2])[4] == f"{100 * report.test.raw['ece']:.2f}"
+        )
         assert cells(lines[3])[0] == f"T = {report.test.temperature:.2f}"
         assert len({len(line) for line in lines}) == 1
 

@@ -125,6 +125,7 @@ class TestSettings:
             ({"loss": "adaptive_label_smoothing", "steering_gain": float("inf")}, "finite number from 0, found inf"),
             ({"loss": "mmce", "auxiliary_base": "mmce"}, "auxiliary_base must be one of cross_entropy, .*found 'mmce"),
             ({"class_weights": "heavy"}, "class_weights must be 'balanced' or one number per class, found 'heavy'"),
+            ({"class_weights": {0: 1.0, 1: 5.0}}, "class_weights must be a list of one number per class"),
             ({"class_weights": "1,nan"}, "class_weights must be finite numbers from 0"),
             ({"class_weights": "1,-1"}, "class_weights must be finite numbers from 0"),
             ({"class_weights": "0,0"}, "not all of them 0"),

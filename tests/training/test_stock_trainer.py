@@ -11,6 +11,7 @@ from datasets import Dataset
 from transformers import (
     BertForTokenClassification,
     DataCollatorForTokenClassification,
+    EvalPrediction,
     Trainer,
     TrainingArguments,
     set_seed,
@@ -32,6 +33,14 @@ def batch(*shape):
 
 
 class TestCalibrationMetrics:
+    def test_logits_are_refused_with_the_argument_that_is_missing(self):
+        with pytest.raises(ValueError, match="preprocess_logits_for_metrics=calibration.reduce"):
+            CalibrationMetrics()(EvalPrediction(np.zeros((4, 3)), np.zeros(4, int)))
+
+    def test_the_callback_refuses_another_number_of_bins_than_that_of_the_loss(self):
+        with pytest.raises(ValueError, match="The loss has 10 bins and its statistics 15"):
+            AdaFocalCallback(AdaFocalLoss(num_bins=10), CalibrationMetrics().calibrate)
+
     def test_reduce_gives_the_rows_also_from_a_tuple_of_outputs(self):
         logits, labels = batch(8, 3)
         assert torch.equal(CalibrationMetrics().reduce(logits, labels), sample_rows(logits, labels))
@@ -173,7 +182,7 @@ class TestSets:
         caplog.set_level("INFO", logger="hf_adafocal")
         stock(tmp_path, AdaFocalLoss(num_bins=5)).train()
         assert "AdaFocalLoss with 5 bins: gamma will move 2 times, too few" in caplog.text
-        assert "focal loss with gamma 1" in caplog.text and "calibrate_at_end=True" in caplog.text
+        assert "focal loss with gamma 1" in caplog.text and "or a temperature at the end." in caplog.text
         caplog.clear()
         often = {"num_train_epochs": 4, "eval_strategy": "steps", "eval_steps": 1, "learning_rate": 0.0}
         stock(tmp_path, AdaFocalLoss(num_bins=5), **often).train()
