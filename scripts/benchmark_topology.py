@@ -58,7 +58,10 @@ def main() -> None:
     )
     plain = seconds(lambda: FocalLoss()(model(images).logits, labels).backward())
     whole = seconds(lambda: topological_distance(model(images).logits, labels).backward())
-    print(f"\n3D U-Net, 4 volumes of 32^3: {plain:.2f} s per step with focal loss, {whole:.2f} s with the term.")
+    print(
+        f"\n3D U-Net, 4 volumes of 32^3: {plain:.2f} s per step with focal loss, {whole:.2f} s with the term instead: "
+        f"{1 - plain / whole:.0%} of the step."
+    )
 
 
 if __name__ == "__main__":

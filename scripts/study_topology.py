@@ -124,17 +124,21 @@ def tables(folder: Path) -> str:
             ]
             lines.append(f"| {arm} | {temperature} | " + " | ".join(cells) + " |")
     lines += ["", "| difference | seeds | " + " | ".join(METRICS) + " |", "| --- " * (len(METRICS) + 2) + "|"]
-    pairs = [(f"{base}+{weight}", base) for base in ("focal", "adafocal") for weight in WEIGHTS]
-    pairs += [("focal", "cross_entropy"), ("adafocal", "cross_entropy"), ("adafocal", "focal")]
-    for one, other in pairs:
+    pairs = [(f"{base}+{weight}", "before", base, "before") for base in ("focal", "adafocal") for weight in WEIGHTS]
+    pairs += [(one, "before", "cross_entropy", "before") for one in arms if one != "cross_entropy"]
+    pairs += [("adafocal", "before", "focal", "before"), ("cross_entropy", "after", "cross_entropy", "before")]
+    pairs += [("adafocal", when, "cross_entropy", "after") for when in ("before", "after")]
+    for one, first, other, second in pairs:
         cells, both = [], sorted({seed for _, seed in runs if {(one, seed), (other, seed)} <= runs.keys()})
         reach = float(stats.t.ppf(0.975, len(both) - 1)) / np.sqrt(len(both))
         for name in METRICS:
-            difference = np.array(
-                [runs[one, seed]["before"][name] - runs[other, seed]["before"][name] for seed in both]
-            )
+            if {first, second} != {"before"} and name.startswith("betti"):
+                cells.append("")
+                continue
+            difference = np.array([runs[one, seed][first][name] - runs[other, seed][second][name] for seed in both])
             cells.append(f"{difference.mean():+.4f} ± {reach * difference.std(ddof=1):.4f}")
-        lines.append(f"| {one} - {other} | {len(both)} | " + " | ".join(cells) + " |")
+        title = f"{one}{' with T' * (first == 'after')} - {other}{' with T' * (second == 'after')}"
+        lines.append(f"| {title} | {len(both)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

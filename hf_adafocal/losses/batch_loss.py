@@ -45,7 +45,7 @@ TERMS = {
     "selective_au": Term(aurc.selective_au, 1.0, replaces=True),
     "topological_focal": Term(
         topology.topological_distance,
-        0.01,
+        0.001,
         base=FocalLoss,
         settings={"start": 0.5, "construction": "V"},
         least_batch=(1, 2, 1, 1),
@@ -68,7 +68,8 @@ class CombinedLoss(ClassificationLoss):
     Default weights: 2 for MMCE and MMCE_w (Mukhoti et al.'s comparison; the MMCE code has 4, and both divide twice in
     MMCE_w, so that there it weighs less); 5 for DCA as in copies of its authors' code (MDCA's authors run DCA with 1);
     1 for MDCA; 0.5 for DECE, as in its authors' objective; 0.3 and 1 for the AURC losses. The soft-binned errors'
-    weight 1 is ours: their paper tunes it. So are weight 0.01 and start 0.5 of "topological_focal".
+    weight 1 is ours: their paper tunes it. So are weight 0.001 and start 0.5 of "topological_focal": the weight that
+    cost no overlap in `model_cards/topology.md`.
 
     Args:
         term: Which term, a name in `TERMS`.

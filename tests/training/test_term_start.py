@@ -91,4 +91,4 @@ class TestDenseRuns:
             255,
         )
         assert args.loss_settings["start"] == 0.2 and args.loss_settings["base"] == {"name": "focal", "gamma": 2.0}
-        assert np.isclose(args.loss_settings["auxiliary_weight"], 0.01)
+        assert np.isclose(args.loss_settings["auxiliary_weight"], 0.001)
