@@ -57,6 +57,7 @@ from hf_adafocal.training import AdaFocalCallback as AdaFocalCallback
 from hf_adafocal.training import AdaFocalTrainer as AdaFocalTrainer
 from hf_adafocal.training import AdaFocalTrainingArguments as AdaFocalTrainingArguments
 from hf_adafocal.training import CalibrationMetrics as CalibrationMetrics
+from hf_adafocal.training import TermStart as TermStart
 from hf_adafocal.training import calibrate as calibrate
 from hf_adafocal.training import last_complete_checkpoint as last_complete_checkpoint
 

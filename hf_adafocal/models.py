@@ -238,6 +238,8 @@ class UNet3DConfig(PretrainedConfig):
         super().__init__(**kwargs)
 
 
+# Not the U-Net of MONAI: small as its wheel is (1.7 MB), it asks for torch 2.8 where we take 2.6, and its networks
+# would still need a `PreTrainedModel` around them to be saved, folded and loaded.
 class UNet3DForSemanticSegmentation(PreTrainedModel):
     """3D U-Net: two convolutions per level, halved and doubled sides, skip connections, a 1x1x1 classifier.
 

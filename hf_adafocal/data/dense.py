@@ -11,6 +11,7 @@ from hf_adafocal.data.images import to_rgb
 from hf_adafocal.data.loading import Splits, _read
 from hf_adafocal.data.volumes import synthetic_volumes
 
+VOLUMES = "volumes"  # name of the synthetic volumes
 MASKS = ("label", "labels", "mask", "annotation", "segmentation_mask")
 UNLABELLED = 255  # what transformers' image processors and configs mean by a pixel that does not count
 SIZES = {"train": 48, "calibration": 16, "test": 32}  # of the synthetic volumes

@@ -25,9 +25,10 @@ def topological_distance(
     `gudhi.wasserstein.wasserstein_distance(order=2, internal_p=2) ** 2`.
 
     The gradient reaches the pixels at which features are born and die. The term is blind to place: a ring anywhere
-    has the diagram of a ring elsewhere, so it belongs beside a loss per pixel. Ignored pixels are background in
-    prediction and label. Pairs are found on the CPU, in float64 of the probabilities as computed in float32 or wider;
-    the function cannot be traced by `torch.compile`.
+    has the diagram of a ring elsewhere, so it belongs beside a loss per pixel. Betti matching (Stucki et al. 2023,
+    arXiv 2211.15272) sees places too; it is not here because no maintained package implements it. Ignored pixels are
+    background in prediction and label. Pairs are found on the CPU, in float64 of the probabilities as computed in
+    float32 or wider; the function cannot be traced by `torch.compile`.
 
     Args:
         logits: Unnormalised scores, shape `(N, C, d1, d2)` or `(N, C, d1, d2, d3)`, C at least 2.

@@ -18,6 +18,7 @@ from hf_adafocal.metrics.bootstrap import paired_test as paired_test
 from hf_adafocal.metrics.bootstrap import report_intervals as report_intervals
 from hf_adafocal.metrics.classwise import class_adaptive_calibration_error as class_adaptive_calibration_error
 from hf_adafocal.metrics.classwise import classwise_calibration_error as classwise_calibration_error
+from hf_adafocal.metrics.entities import entity_report as entity_report
 from hf_adafocal.metrics.gate import calibration_gate as calibration_gate
 from hf_adafocal.metrics.histogram import CalibrationHistogram as CalibrationHistogram
 from hf_adafocal.metrics.intervals import calibration_error_interval as calibration_error_interval
@@ -43,6 +44,10 @@ from hf_adafocal.metrics.scores import maximum_calibration_error as maximum_cali
 from hf_adafocal.metrics.scores import negative_log_likelihood as negative_log_likelihood
 from hf_adafocal.metrics.scores import softmax as softmax
 from hf_adafocal.metrics.scores import top_label as top_label
+from hf_adafocal.metrics.segmentation import count_dense as count_dense
+from hf_adafocal.metrics.segmentation import dense_differences as dense_differences
+from hf_adafocal.metrics.segmentation import dense_intervals as dense_intervals
+from hf_adafocal.metrics.segmentation import dense_metrics as dense_metrics
 from hf_adafocal.metrics.selective import area_under_generalized_risk_coverage as area_under_generalized_risk_coverage
 from hf_adafocal.metrics.selective import area_under_risk_coverage as area_under_risk_coverage
 from hf_adafocal.metrics.selective import excess_area_under_risk_coverage as excess_area_under_risk_coverage

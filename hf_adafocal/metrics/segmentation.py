@@ -6,7 +6,7 @@ beside it. The Betti error and intervals need SciPy; everything else needs NumPy
 """
 
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -48,7 +48,7 @@ class DenseCounts(NamedTuple):
         """The counts of some images, which may be named repeatedly."""
         return DenseCounts(*(None if part is None else part[images] for part in self))  # type: ignore[arg-type]
 
-    def save(self, path: str | Path) -> None:
+    def save(self, path: str | Path | BinaryIO) -> None:
         """Write the counts into an `.npz` file."""
         parts = {name: part for name, part in self._asdict().items() if part is not None}
         np.savez_compressed(path, **parts)

@@ -241,6 +241,8 @@ def detection_table(report: Report) -> list[tuple[str, str]]:
 
 def snippet(report: Report, repo_id: str) -> dict[str, Any]:
     """Render installation, the code that loads and calls the model, and its output."""
+    if report.model.architecture == VOLUMES:
+        return _volume_snippet(report, repo_id)
     task = report.model.task or "text-classification"
     image = task.startswith(("image", "video"))
     example = report.examples[0] if report.examples else {}
@@ -280,6 +282,24 @@ def snippet(report: Report, repo_id: str) -> dict[str, Any]:
     return {"packages": " ".join(packages), "lines": [*lines, *call], "printed": printed}
 
 
+def _volume_snippet(report: Report, repo_id: str) -> dict[str, Any]:
+    """Render the code for a network that no pipeline takes: it has volumes as input."""
+    trust = ", trust_remote_code=True" if report.model.custom_code else ""
+    lines = [
+        "import torch",
+        "from transformers import AutoModelForSemanticSegmentation",
+        "",
+        f"model = AutoModelForSemanticSegmentation.from_pretrained({code(repo_id)}{trust})",
+        "volumes = torch.rand(1, model.config.num_channels, 24, 24, 24)  # your intensities, scaled as in training",
+        "with torch.no_grad():",
+        "    probabilities = model(volumes).logits.softmax(1)",
+        "confidence, prediction = probabilities.max(1)  # of each voxel",
+        "for number, name in model.config.id2label.items():",
+        '    print(f"{name}: {(prediction == number).sum()} voxels")',
+    ]
+    return {"packages": "transformers torch", "lines": lines, "printed": []}
+
+
 def _data(source: Any) -> str:
     name = escape(source.name)
     return f"[{name}](https://huggingface.co/datasets/{source.hub_id})" if source.hub_id else name
@@ -298,6 +318,7 @@ def short(value: Any) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
+VOLUMES = "UNet3DForSemanticSegmentation"  # the architecture whose inputs are volumes
 DENSE = {
     "dice": "Dice of the foreground classes",
     "iou": "IoU",

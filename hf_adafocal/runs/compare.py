@@ -12,12 +12,15 @@ from hf_adafocal.losses.registry import LOSSES
 from hf_adafocal.report.atomic import write_atomically
 from hf_adafocal.report.comparison import verdict
 from hf_adafocal.report.files import add_baselines, pictures, read_report
-from hf_adafocal.report.schema import Report
-from hf_adafocal.report.tables import comparison_table
+from hf_adafocal.report.schema import RAW, SCALED, Report
+from hf_adafocal.report.tables import COLUMNS as MAIN_COLUMNS
+from hf_adafocal.report.tables import Column, comparison_table
 from hf_adafocal.runs.arguments import parse_arguments, settings_by_loss
+from hf_adafocal.runs.dense import COLUMNS as DENSE_COLUMNS
+from hf_adafocal.runs.dense import difference_table
 from hf_adafocal.runs.finetune import finetune, split_hashes
 from hf_adafocal.runs.run_record import RunRecord, read_record
-from hf_adafocal.runs.tasks import Task
+from hf_adafocal.runs.tasks import SegmentationTask, Task
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 
 logger = logging.get_logger(__name__)
@@ -67,9 +70,16 @@ def compare(
         finished = _finished(task, args, contents) if reuse else None
         reports[loss].append(finetune(task, args) if finished is None else finished)
     if next(iter(runs.values()))[1].process_index == 0:
-        add_baselines({loss: [folder / f"{loss}-{seed}" for seed in seeds] for loss in losses})
         tests = {loss: [report.to_dict()["test"] for report in found] for loss, found in reports.items()}
-        texts = filter(None, (comparison_table(tests), verdict(tests)))
+        folders = {loss: [folder / f"{loss}-{seed}" for seed in seeds] for loss in losses}
+        add_baselines(folders)
+        columns: list[Column] = list(MAIN_COLUMNS)
+        texts = [verdict(tests)]
+        if issubclass(task_class, SegmentationTask):
+            rows = [run[kind] for runs_of_loss in tests.values() for run in runs_of_loss for kind in (RAW, SCALED)]
+            columns += [column for column in DENSE_COLUMNS if all(column.key in row for row in rows)]
+            texts.append(difference_table(folders))
+        texts = list(filter(None, (comparison_table(tests, columns), *texts)))
         write_atomically(folder / "comparison.md", "\n\n".join(texts) + "\n")
         _draw(folder, tests)
     return reports

@@ -14,17 +14,21 @@ from transformers.utils import logging
 from hf_adafocal.data.fingerprint import Fingerprint
 from hf_adafocal.data.loading import HUB_IDS, LANGUAGES
 from hf_adafocal.data.overlap import check_splits
+from hf_adafocal.metrics.prediction_files import GROUP_COLUMN
 from hf_adafocal.metrics.scores import softmax
 from hf_adafocal.report.facts import describe_model
 from hf_adafocal.report.files import read_report
+from hf_adafocal.report.measurement import Collected
 from hf_adafocal.report.schema import Report, build_report
 from hf_adafocal.report.weights import weights_hash
+from hf_adafocal.runs.dense import add_dense_metrics
 from hf_adafocal.runs.examples import make_examples
 from hf_adafocal.runs.run_record import published
-from hf_adafocal.runs.tasks import Prepared, Task
+from hf_adafocal.runs.tasks import Prepared, SegmentationTask, Task
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
 from hf_adafocal.scaling.folding import fold_checkpoint, load_classifier, recorded_scaling
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
+from hf_adafocal.training.run_report import collected_results
 from hf_adafocal.training.trainer import AdaFocalTrainer
 
 logger = logging.get_logger(__name__)
@@ -37,15 +41,16 @@ class Predictions(NamedTuple):
     """Logits of a checkpoint on the held-out splits.
 
     Attributes:
-        calibration: Logits `(N, C)`, classes in the order of the data's labels, and labels `(N,)`.
+        calibration: Logits `(N, C)`, classes in the order of the data's labels, and labels `(N,)`, of a segmenter for
+            each pixel that counts; the metrics alone if the logits are too many to keep.
         test: The same of the test split.
         ood: Logits of the out-of-distribution inputs, None if the task has none.
         prepared: The task with its data.
         model: The checkpoint.
     """
 
-    calibration: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
+    calibration: tuple[np.ndarray, np.ndarray] | Collected
+    test: tuple[np.ndarray, np.ndarray] | Collected
     ood: np.ndarray | None
     prepared: Prepared
     model: PreTrainedModel
@@ -64,7 +69,8 @@ def evaluate_checkpoint(
     """Measure a checkpoint on the test split of a data set, as it is and with a temperature.
 
     Of a checkpoint with a folded scaling, "raw" is what it was before and "temperature_scaled" is what it gives now.
-    Nothing is written but `predictions` and the example; `report.files.save_report` writes the report.
+    Nothing is written but `predictions`, the example and, of a segmenter, what `add_dense_metrics` writes;
+    `report.files.save_report` writes the report.
 
     Args:
         task: With `model_name_or_path`, any local or Hub checkpoint with a classifier.
@@ -73,15 +79,15 @@ def evaluate_checkpoint(
         batch_size: Samples of a forward pass.
         split_overlap: What to do if calibration and test share rows: "error", "warn" or "skip".
         predictions: File for the probabilities and labels of the test split, as `hf-adafocal gate` reads them;
-            `.parquet` or `.npz`.
-        folder: Of the report; with it the card gets an example, whose image is written there.
+            `.parquet` or `.npz`. Of a segmenter a row per pixel, with its image as `group`.
+        folder: Of the report; with it the card gets an example or overlay, whose image is written there.
 
     Returns:
         The report; what the checkpoint's own report says of its training is kept.
 
     Raises:
-        ValueError: If the checkpoint is no classifier or lacks weights, its classes are not those of the data, or the
-            splits share rows.
+        ValueError: If the checkpoint is no classifier or lacks weights, its classes are not those of the data, the
+            splits share rows, or the logits to be written are too many to keep.
 
     ```python
     from hf_adafocal import evaluate_checkpoint
@@ -98,8 +104,8 @@ def evaluate_checkpoint(
     blank = getattr(found.prepared.processing_class, "all_special_ids", ())
     check = check_splits(splits, split_overlap, blank_tokens=blank)
     _compare_splits(before, check.fingerprints, seed)
-    if predictions is not None:
-        write_predictions(predictions, *found.test)
+    if predictions is not None and not isinstance(task, SegmentationTask):
+        write_predictions(predictions, *_logits(found.test, "test"))
     facts = describe_model(found.model)
     sizes = {
         role: {"size": len(part), "hash": getattr(check.fingerprints[role], "hash", None)}
@@ -121,10 +127,10 @@ def evaluate_checkpoint(
         known["language"] = LANGUAGES.get(task.dataset)
     if folder is not None:
         known["examples"] = make_examples(task, found.prepared, found.model, folder)
-    order = class_order(found.model.config, found.prepared.splits.label_names)
+    order = _order(task, found.model.config, found.prepared)
     report = build_report(
         found.test,
-        found.calibration,
+        None if isinstance(found.calibration, Collected) else found.calibration,
         model=facts,
         num_bins=num_bins,
         folded=_in_order(recorded_scaling(found.model), order),
@@ -136,6 +142,14 @@ def evaluate_checkpoint(
         ood=None if found.ood is None else (task.ood, found.ood),
         **known,
     )
+    if isinstance(task, SegmentationTask):
+        construction = (report.loss or {}).get("construction", "V")
+        report, counts = add_dense_metrics(
+            report, found.model, splits["test"], found.prepared.data_collator, construction=construction, folder=folder
+        )
+        if predictions is not None:
+            images = np.arange(counts.num_images).repeat(counts.bins[..., 0].sum(axis=1).astype(np.int64))
+            write_predictions(predictions, *_logits(found.test, "test"), groups=images)
     return report if before is None else replace(report, trained_on=before.trained_on)
 
 
@@ -168,8 +182,8 @@ def scale_checkpoint(
     if recorded_scaling(model) is not None:
         raise ValueError(f"{folder} has a scaling folded in already; undo it with hf_adafocal.unfold_scaling first.")
     found = predict(task, model, seed, batch_size)
-    order = class_order(found.model.config, found.prepared.splits.label_names)
-    logits, labels = found.calibration
+    order = _order(task, found.model.config, found.prepared)
+    logits, labels = _logits(found.calibration, "calibration")
     # The head has the checkpoint's order of classes, which may not be that of the data.
     fit: Any = FITS[method]
     scaling = fit(logits[:, np.argsort(order)], order[labels])
@@ -190,7 +204,7 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
         ValueError: If the checkpoint's classes are not those of the data.
     """
     prepared = task.prepare(seed)
-    order = class_order(model.config, prepared.splits.label_names)
+    order = _order(task, model.config, prepared)
     with tempfile.TemporaryDirectory() as folder:
         arguments = AdaFocalTrainingArguments(
             folder,
@@ -205,18 +219,23 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
         ood = prepared.splits.ood
         if ood is not None:
             ood = trainer.predict(ood, metric_key_prefix="ood").predictions[:, order]
-    logits = {}
-    for role, found in measured.items():
-        if found is None:
-            raise ValueError(
-                f"The logits of the {role} split are too many to keep: {len(getattr(prepared.splits, role))} samples "
-                f"with {model.config.num_labels} classes. Evaluate a part of it."
-            )
-        logits[role] = (found[0][:, order], found[1])
-    return Predictions(logits["calibration"], logits["test"], ood, prepared, model)
+    kept = {
+        role: collected_results(trainer, role) if found is None else (found[0][:, order], found[1])
+        for role, found in measured.items()
+    }
+    return Predictions(kept["calibration"], kept["test"], ood, prepared, model)
 
 
-def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray) -> None:
+def _logits(found: tuple[np.ndarray, np.ndarray] | Collected, role: str) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(found, Collected):
+        raise ValueError(
+            f"The logits of the {role} split are too many to keep: those of {found.num_samples:,} samples, tokens or "
+            "pixels. Take a part of it."
+        )
+    return found
+
+
+def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray, groups: Any = None) -> None:
     """Write probabilities and labels in a format that `hf-adafocal gate` reads.
 
     Args:
@@ -224,6 +243,7 @@ def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray) 
             these names).
         logits: Shape `(N, C)`.
         labels: Shape `(N,)`.
+        groups: Group of each sample, shape `(N,)`, where samples are not independent: a column `group`.
 
     Raises:
         ValueError: If the file has another suffix.
@@ -231,13 +251,15 @@ def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray) 
     path = Path(path)
     probabilities = softmax(np.asarray(logits, dtype=float))
     if path.suffix == ".npz":
-        np.savez_compressed(path, probabilities=probabilities, label=labels)
+        named = {} if groups is None else {GROUP_COLUMN: groups}
+        np.savez_compressed(path, probabilities=probabilities, label=labels, **named)
     elif path.suffix == ".parquet":
         import pyarrow as pa
         from pyarrow import parquet
 
         rows = pa.FixedSizeListArray.from_arrays(pa.array(probabilities.ravel()), probabilities.shape[1])
         columns = {"probabilities": rows.cast(pa.list_(pa.float64())), "label": pa.array(np.asarray(labels))}
+        columns |= {} if groups is None else {GROUP_COLUMN: pa.array(np.asarray(groups))}
         parquet.write_table(pa.table(columns), path)
     else:
         raise ValueError(f"Predictions go to a {' or '.join(PREDICTION_FILES)} file, found {path}.")
@@ -268,6 +290,12 @@ def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
         f"The checkpoint has {len(known)} classes ({shown}), the data {len(names)} ({own}). Evaluate it on data with "
         "its own classes."
     )
+
+
+def _order(task: Task, config: PretrainedConfig, prepared: Prepared) -> np.ndarray:
+    if isinstance(task, SegmentationTask):  # masks hold the numbers of classes, not their names
+        return np.arange(config.num_labels)
+    return class_order(config, prepared.splits.label_names)
 
 
 def _in_order(scaling: Scaling | None, order: np.ndarray) -> Scaling | None:

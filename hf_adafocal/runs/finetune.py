@@ -15,13 +15,13 @@ from hf_adafocal.data.loading import BUILT_IN, HUB_IDS, LANGUAGES
 from hf_adafocal.data.overlap import SplitCheck, drop_overlap
 from hf_adafocal.losses.registry import LOSSES
 from hf_adafocal.report.comparison import results_in_words
-from hf_adafocal.report.files import baseline_rows
+from hf_adafocal.report.files import baseline_rows, save_report
 from hf_adafocal.report.schema import Report
 from hf_adafocal.report.tables import results_table
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs import run_record
 from hf_adafocal.runs.arguments import parse_arguments, settings_by_loss
-from hf_adafocal.runs.dense import add_dense_metrics, dense_table
+from hf_adafocal.runs.dense import add_dense_metrics, dense_table, difference_table
 from hf_adafocal.runs.examples import make_examples
 from hf_adafocal.runs.tasks import Prepared, SegmentationTask, Task
 from hf_adafocal.scaling.folding import load_classifier
@@ -80,6 +80,9 @@ def _train(task_class: type[Task], arguments: Sequence[str] | None, prog: str | 
         print(results_table(report, beside))
         if task_class is SegmentationTask:
             print(f"\n{dense_table(report)}")
+            if compared:
+                folders = {run.loss: [args.output_dir], baseline: [f"{args.output_dir}-{baseline}"]}
+                print(f"\n{difference_table(folders, baseline)}")
         print(f"\n{results_in_words(report, beside)}")
     PartialState().destroy_process_group()
 
@@ -152,14 +155,15 @@ def finetune(
         training={"runtime_seconds": outcome.metrics["train_runtime"], "task": run_record.published(task)},
     )
     if isinstance(task, SegmentationTask) and trainer.is_world_process_zero():
-        report = add_dense_metrics(
+        report, _ = add_dense_metrics(
             report,
             trainer.network,
             splits.test,
             prepared.data_collator,
-            folder,
             construction=args.topology_construction or "V",
+            folder=folder,
         )
+        save_report(folder, report)
     if trainer.is_world_process_zero():
         run_record.RunRecord.of(task, args).save(folder)
     if args.push_to_hub:

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+from hf_adafocal.data.dense import VOLUMES
 from hf_adafocal.data.loading import BUILT_IN, HUB_IDS
 from hf_adafocal.report.atomic import write_atomically
 from hf_adafocal.report.files import read_report
@@ -32,7 +33,7 @@ class RunRecord:
     """The arguments of a run.
 
     Attributes:
-        kind: Kind of task: "text" or "vision".
+        kind: Kind of task: "text", "vision" or "segmentation".
         task: Arguments of the task.
         training: Training arguments that can change a result; empty if unknown.
         seed: Seed of the run; None if unknown.
@@ -129,7 +130,7 @@ def task_of_checkpoint(
     """Build the task to evaluate a checkpoint on: arguments of the command line first, then those of its run.
 
     Args:
-        kind: Kind of task: "text" or "vision".
+        kind: Kind of task: "text", "vision" or "segmentation".
         checkpoint: A local folder or a Hub id.
         arguments: Command line of the task's own arguments.
         prog: Name of the program, for `--help`.
@@ -163,7 +164,7 @@ def _dataset_of(report: Report) -> str | None:
         return None
     if source.hub_id is not None:
         return source.hub_id
-    return source.name if source.name in (*BUILT_IN, *HUB_IDS) else None
+    return source.name if source.name in (*BUILT_IN, *HUB_IDS, VOLUMES) else None
 
 
 def _is_without_effect(name: str) -> bool:

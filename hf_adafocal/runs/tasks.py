@@ -17,7 +17,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from hf_adafocal.data.dense import encode_masks, highest_class, mask_splits, volume_splits
+from hf_adafocal.data.dense import VOLUMES, encode_masks, highest_class, mask_splits, volume_splits
 from hf_adafocal.data.encoding import encode_images, encode_texts
 from hf_adafocal.data.loading import Splits, load_splits
 from hf_adafocal.models import (
@@ -268,7 +268,7 @@ class SegmentationTask(Task):
     """Semantic segmentation: a small 3D U-Net on synthetic volumes, or any checkpoint on images with label masks."""
 
     dataset: str = field(
-        default="volumes",
+        default=VOLUMES,
         metadata={"help": "volumes (synthetic, of known topology), a Hub id or a local folder of images and masks."},
     )
     architecture: str = field(
@@ -304,14 +304,13 @@ class SegmentationTask(Task):
         """
         seed = seed if self.split_seed is None else self.split_seed
         checkpoint = self.model_name_or_path
-        if checkpoint is None and (self.dataset != "volumes" or self.architecture != "unet3d"):
+        if checkpoint is None and (self.dataset != VOLUMES or self.architecture != "unet3d"):
             raise ValueError(
                 f"From scratch there is the architecture unet3d, for --dataset volumes; found {self.architecture!r} "
                 f"and {self.dataset!r}. Images need a checkpoint: --model_name_or_path nvidia/mit-b0."
             )
-        if self.dataset == "volumes":
+        if self.dataset == VOLUMES:
             splits, processor = volume_splits(self.volume_size, seed, self.max_train_samples), None
-            classes = self.num_classes or 2
         else:
             splits = mask_splits(
                 self.dataset,
@@ -321,16 +320,19 @@ class SegmentationTask(Task):
                 max_train_samples=self.max_train_samples,
                 seed=seed,
             )
-            classes = self.num_classes or highest_class(splits.train) + 1
             processor = AutoImageProcessor.from_pretrained(checkpoint)
+        masks = splits.train
+        if processor is not None:
             splits = encode_masks(splits, processor)
-        names = ["background", *(["object"] if classes == 2 else [f"class {k}" for k in range(1, classes)])]
-        labels: dict[str, Any] = {
-            "id2label": dict(enumerate(names)),
-            "label2id": {name: index for index, name in enumerate(names)},
-        }
 
         def model_init() -> PreTrainedModel:
+            # here, so that nobody reads all masks of the training split to evaluate a checkpoint
+            classes = self.num_classes or (2 if processor is None else highest_class(masks) + 1)
+            names = ["background", *(["object"] if classes == 2 else [f"class {k}" for k in range(1, classes)])]
+            labels: dict[str, Any] = {
+                "id2label": dict(enumerate(names)),
+                "label2id": {name: index for index, name in enumerate(names)},
+            }
             if checkpoint is None:
                 return UNet3DForSemanticSegmentation(UNet3DConfig(num_labels=classes, **labels))
             return AutoModelForSemanticSegmentation.from_pretrained(

@@ -43,7 +43,7 @@ def report_of(
         ValueError: If there is no set to measure.
     """
     split, dataset = _measured_set(trainer, test_dataset)
-    metrics, logits = trainer.measure(dataset, split)
+    _, logits = trainer.measure(dataset, split)
     calibration = trainer.calibration_dataset
     folded = recorded_scaling(trainer.network)
     fitted = None
@@ -53,7 +53,13 @@ def report_of(
         facts["ood"] = (ood[0], trainer.predict(ood[1], metric_key_prefix="ood").predictions)
     known = _facts(trainer, split, dataset)
     known = {**known, **facts, "training": {**known["training"], **facts.get("training", {})}}
-    return build_report(_results(trainer, split, metrics) if logits is None else logits, fitted, **known)
+    return build_report(collected_results(trainer, split) if logits is None else logits, fitted, **known)
+
+
+def collected_results(trainer: "AdaFocalTrainer", prefix: str) -> Collected:
+    """Return the metrics of the last evaluation under a prefix, for a report of logits that were too many to keep."""
+    collected, num_bins = trainer.recorder.samples[prefix], trainer.plan.num_bins
+    return Collected(collected.metrics(num_bins), len(collected), num_bins, collected.diagram(num_bins))
 
 
 def pictures_of(trainer: "AdaFocalTrainer", prefix: str) -> dict[str, Any]:
@@ -122,14 +128,6 @@ def _measured_set(trainer: "AdaFocalTrainer", test_dataset: Any) -> tuple[str, A
     if sets is None:
         raise ValueError("There is no set to report on: pass test_dataset, or build the trainer with an eval_dataset.")
     return "evaluation", sets
-
-
-def _results(trainer: "AdaFocalTrainer", split: str, metrics: Mapping[str, float]) -> Collected:
-    """Wrap the metrics of an evaluation whose logits were too many to keep."""
-    collected = trainer.recorder.samples[split]
-    names = collected.metrics(trainer.plan.num_bins)
-    found = {name: metrics[name] for name in names}
-    return Collected(found, len(collected), trainer.plan.num_bins, collected.diagram(trainer.plan.num_bins))
 
 
 def _facts(trainer: "AdaFocalTrainer", split: str, dataset: Any) -> dict[str, Any]:

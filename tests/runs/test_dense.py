@@ -1,5 +1,7 @@
 """A segmentation run from the command line: report, card, picture, checkpoint; and images with masks."""
 
+import shutil
+
 import numpy as np
 import pytest
 from datasets import Dataset, Image
@@ -11,8 +13,11 @@ from transformers import (
     SegformerImageProcessor,
 )
 
+from hf_adafocal import cli
+from hf_adafocal.metrics.segmentation import DenseCounts, dense_differences
+from hf_adafocal.report.files import read_report
 from hf_adafocal.runs.arguments import parse_arguments
-from hf_adafocal.runs.dense import dense_table, measure_images
+from hf_adafocal.runs.dense import COUNTS, dense_table, measure_images
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import SegmentationTask
 
@@ -42,6 +47,14 @@ class TestVolumes:
         assert "of 32 images" in card and '<img src="overlay.png"' in card
         assert np.asarray(PILImage.open(folder / "overlay.png")).std() > 10
 
+    def test_the_code_of_the_card_runs_on_a_volume(self, volume_run, capsys):
+        folder, _ = volume_run
+        code = (folder / "README.md").read_text().split("```python\n")[1].split("```")[0]
+        name = code.split('from_pretrained("')[1].split('"')[0]
+        exec(code.replace(f'"{name}"', repr(str(folder))), {})
+        printed = [line.split(" ")[1] for line in capsys.readouterr().out.splitlines()]
+        assert "pipeline" not in code and sum(map(int, printed)) == 24**3
+
     def test_the_checkpoint_loads_and_gives_the_metrics_of_the_report(self, volume_run):
         folder, report = volume_run
         model = AutoModelForSemanticSegmentation.from_pretrained(folder)
@@ -50,6 +63,50 @@ class TestVolumes:
         counts, shown = measure_images(model, prepared.splits.test, prepared.data_collator)
         assert counts.overlap[:, 1, 0].sum() > 0 and shown["image"].shape == (12, 12, 12)
         assert counts.num_pixels == report.metrics["num_samples"]
+
+    def test_evaluate_repeats_the_report_and_the_gate_counts_images(self, volume_run, tmp_path, capsys):
+        folder, report = volume_run
+        out, file = tmp_path / "out", tmp_path / "predictions.parquet"
+        assert (
+            cli.main(["evaluate", "segmentation", str(folder), "--output", str(out), "--predictions", str(file)]) == 0
+        )
+        found = read_report(out)
+        for row, metrics in report.test.rows().items():
+            assert found.test.rows()[row] == pytest.approx(metrics, rel=1e-3, abs=1e-6)
+        assert found.test.intervals.keys() == report.test.intervals.keys() and (out / "overlay.png").exists()
+        capsys.readouterr()
+        assert cli.main(["gate", str(file), "--max-ece", "0.5"]) == 0
+        answer = capsys.readouterr().out
+        assert f"{32 * 12**3} samples in 32 groups" in answer
+        low, high = report.test.intervals[report.shipped]["ece"]
+        assert f"interval {low:.3g}" in answer or low == 0
+
+    def test_a_checkpoint_that_left_its_folder_still_knows_its_data(self, volume_run, tmp_path):
+        shutil.copytree(volume_run[0], tmp_path / "copy")
+        (tmp_path / "copy" / "run_arguments.json").unlink()
+        assert cli.main(["evaluate", "segmentation", str(tmp_path / "copy")]) == 0
+
+    def test_scale_folds_a_temperature_into_the_network(self, volume_run, tmp_path):
+        _, report = volume_run
+        line = [*QUICK, "--volume_size", "12", "--max_train_samples", "8", "--calibrate_at_end", "false"]
+        plain = finetune(*parse_arguments(SegmentationTask, [*line, "--output_dir", str(tmp_path / "plain")]))
+        assert not plain.folded
+        command = ["scale", "segmentation", str(tmp_path / "plain"), "--output", str(tmp_path / "scaled")]
+        assert cli.main(command) == 0
+        scaled = read_report(tmp_path / "scaled")
+        assert scaled.folded and scaled.test.temperature == pytest.approx(plain.test.temperature, rel=1e-3)
+        assert scaled.metrics["nll"] < plain.metrics["nll"]
+        assert scaled.metrics["betti_0_error"] == plain.metrics["betti_0_error"]
+
+    def test_compare_prints_metrics_of_images_and_differences_over_images(self, tmp_path, capsys):
+        line = [*QUICK, "--volume_size", "12", "--max_train_samples", "8"]
+        command = ["compare", "segmentation", "--losses", "cross_entropy", "focal", "--folder", str(tmp_path), *line]
+        assert cli.main([*command, "--seeds", "0"]) == 0
+        text = capsys.readouterr().out
+        assert "foreground ECE %" in text and "over the 32 images of one seed" in text
+        counts = [DenseCounts.load(tmp_path / f"{loss}-0" / COUNTS) for loss in ("focal", "cross_entropy")]
+        test = dense_differences(*counts)["foreground_ece"]
+        assert f"{100 * test.difference:.2f} ({100 * test.low:.2f} to {100 * test.high:.2f})" in text
 
     def test_a_network_that_is_not_there_is_an_error(self, tmp_path):
         task, _ = parse_arguments(SegmentationTask, ["--architecture", "vit", "--output_dir", str(tmp_path)])
@@ -85,3 +142,5 @@ class TestImages:
         report = finetune(*parse_arguments(SegmentationTask, line))
         assert report.metrics["num_images"] == 8 and report.metrics["num_samples"] == 8 * 31 * 32
         assert {"dice", "betti_1_error"} <= report.metrics.keys() and (tmp_path / "run" / "overlay.png").exists()
+        assert cli.main(["evaluate", "segmentation", str(tmp_path / "run")]) == 0
+        assert read_report(tmp_path / "run").metrics == pytest.approx(report.metrics, rel=1e-3, abs=1e-6)
