@@ -1,5 +1,7 @@
 """Topological loss of dense prediction: Wasserstein distance of the persistence diagrams of prediction and label."""
 
+from collections.abc import Callable
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +10,9 @@ from torch import Tensor
 
 from hf_adafocal.betti import betti_numbers, check_image
 from hf_adafocal.losses import functional
+
+Pairs = tuple[list[np.ndarray], np.ndarray]
+Pairing = Callable[[np.ndarray, str], Pairs]
 
 
 def topological_distance(
@@ -41,7 +46,7 @@ def topological_distance(
 
     Raises:
         ValueError: If shapes do not fit, labels are not integers, or a label is out of range.
-        ImportError: If gudhi is not installed (the extra `topology`).
+        ImportError: If gudhi is not installed (the extra `topology`). cripser is used instead if it is installed.
 
     Source: ours, after the idea of Demir, Massaad and Kiziltan 2023, arXiv 2304.12223, of which no code or table is
     public: this is no reproduction.
@@ -51,7 +56,7 @@ def topological_distance(
     topological_distance(torch.zeros(1, 2, 16, 16), torch.ones(1, 16, 16, dtype=torch.long))  # 0.25: one, half seen
     ```
     """
-    complex_of = _cubical_complex()
+    pairs_of = _library()
     check_image(logits.ndim - 2, construction)
     functional.cross_entropy(logits, labels, ignore_index=ignore_index, reduction="none")  # checks shapes and labels
     classes = logits.shape[1]
@@ -67,7 +72,7 @@ def topological_distance(
         for index, volume in enumerate(of_sample):
             start = (sample * (classes - 1) + index) * volume.size
             expected = betti_numbers(targets[sample] == index + 1, construction)
-            found += _matched(complex_of, volume, expected, construction, start)
+            found += _matched(pairs_of, volume, expected, construction, start)
     flat = filtration.reshape(-1)
     total = flat.new_zeros(())
     for matched in found:
@@ -96,10 +101,10 @@ class _Matched(NamedTuple):
 
 
 def _matched(
-    complex_of: Any, volume: np.ndarray, expected: tuple[int, ...], construction: str, start: int
+    pairs_of: Pairing, volume: np.ndarray, expected: tuple[int, ...], construction: str, start: int
 ) -> list[_Matched]:
     """Match the persistence diagram of one filtered volume to the label's Betti numbers, dimension by dimension."""
-    finite, essential = persistence_pairs(complex_of, volume, construction)
+    finite, essential = pairs_of(volume, construction)
     flat = volume.reshape(-1)
     found = []
     for dimension, points in enumerate(expected):
@@ -117,11 +122,10 @@ def _matched(
     return found
 
 
-def persistence_pairs(complex_of: Any, volume: np.ndarray, construction: str) -> tuple[list[np.ndarray], np.ndarray]:
-    """Return the cells of a sublevel filtration at which topological features are born and die.
+def pairs_of_gudhi(volume: np.ndarray, construction: str) -> Pairs:
+    """Find the cells of a sublevel filtration at which topological features are born and die, with gudhi.
 
     Args:
-        complex_of: `gudhi.CubicalComplex`.
         volume: Filtration values, shape `(d1, d2)` or `(d1, d2, d3)`.
         construction: "V" or "T".
 
@@ -130,12 +134,14 @@ def persistence_pairs(complex_of: Any, volume: np.ndarray, construction: str) ->
         features that die as they are born left out; and the flat index of the birth of the component that never dies,
         shape `(1,)`.
     """
+    from gudhi import CubicalComplex
+
     if construction == "V":
-        complex_ = complex_of(vertices=volume)
+        complex_ = CubicalComplex(vertices=volume)
         complex_.compute_persistence(homology_coeff_field=2)
         finite, essential = complex_.vertices_of_persistence_pairs()
     else:
-        complex_ = complex_of(top_dimensional_cells=volume)
+        complex_ = CubicalComplex(top_dimensional_cells=volume)
         complex_.compute_persistence(homology_coeff_field=2)
         finite, essential = complex_.cofaces_of_persistence_pairs()
 
@@ -148,12 +154,33 @@ def persistence_pairs(complex_of: Any, volume: np.ndarray, construction: str) ->
     return pairs, in_c_order(essential[0]).reshape(-1)
 
 
-def _cubical_complex() -> Any:
-    try:
-        from gudhi import CubicalComplex
-    except ImportError as error:
-        raise ImportError(
-            "The topological term computes persistence with gudhi, which is not installed: "
-            "pip install 'hf-adafocal[topology]'."
-        ) from error
-    return CubicalComplex
+def pairs_of_cripser(volume: np.ndarray, construction: str) -> Pairs:
+    """Find the same cells with cripser, which is several times faster and under the GPL; as `pairs_of_gudhi`."""
+    from cripser import compute_ph
+
+    found = compute_ph(volume, filtration=construction, maxdim=volume.ndim - 1)
+    dimension, death = found[:, 0].astype(np.int64), found[:, 2]
+    places = found[:, 3:].astype(np.int64)
+    ends = [
+        np.ravel_multi_index(tuple(places[:, first : first + volume.ndim].T), volume.shape, mode="clip")
+        for first in (0, 3)
+    ]
+    never = death > volume.max()
+    kept = ~never & (volume.reshape(-1)[ends[0]] < volume.reshape(-1)[ends[1]])
+    indices = np.stack(ends, axis=-1)
+    pairs = [indices[kept & (dimension == index)] for index in range(volume.ndim)]
+    return pairs, ends[0][never & (dimension == 0)]
+
+
+def _library() -> Pairing:
+    """Return the function that finds pairs: with cripser if the user has installed it, else with gudhi."""
+    for module, function in (("cripser", pairs_of_cripser), ("gudhi", pairs_of_gudhi)):
+        try:
+            import_module(module)
+        except ImportError:
+            continue
+        return function
+    raise ImportError(
+        "The topological term computes persistence with gudhi, which is not installed: "
+        "pip install 'hf-adafocal[topology]'."
+    )

@@ -45,10 +45,12 @@ class ModelConventions:
         causal = causal or type(model).__name__ in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values()
         encoder_decoder = bool(getattr(config, "is_encoder_decoder", False))
         ignore_index = getattr(config, "semantic_loss_ignore_index", DEFAULT_IGNORE_INDEX)
+        # By the class: the config of an image classifier may have the number too.
+        segments = any("SemanticSegmentation" in kind.__name__ for kind in type(model).__mro__)
         return cls(
             shifts_labels=causal and not encoder_decoder,
             decoder_inputs=getattr(model, "prepare_decoder_input_ids_from_labels", None) if encoder_decoder else None,
-            ignore_index=ignore_index if "SemanticSegmentation" in type(model).__name__ else DEFAULT_IGNORE_INDEX,
+            ignore_index=ignore_index if segments else DEFAULT_IGNORE_INDEX,
         )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:

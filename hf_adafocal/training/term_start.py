@@ -11,6 +11,11 @@ class TermStart(TrainerCallback):
 
     Args:
         loss: Any loss; one without `progress` is left alone.
+
+    ```python
+    loss = CombinedLoss("topological_focal", start=0.5)
+    trainer = Trainer(..., compute_loss_func=loss, callbacks=[TermStart(loss)])
+    ```
     """
 
     def __init__(self, loss: nn.Module) -> None:

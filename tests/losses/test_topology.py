@@ -9,7 +9,8 @@ import torch
 from scipy.optimize import linear_sum_assignment
 
 from hf_adafocal import AdaFocalLoss, CombinedLoss, FocalLoss, build_loss
-from hf_adafocal.losses.topology import topological_distance
+from hf_adafocal.losses import topology
+from hf_adafocal.losses.topology import pairs_of_cripser, pairs_of_gudhi, topological_distance
 
 gudhi = pytest.importorskip("gudhi")
 
@@ -138,6 +139,23 @@ class TestValue:
         assert values[-1] < 0.05 * values[0]
 
 
+class TestCripser:
+    def test_it_finds_the_pairs_of_gudhi_and_is_used_where_it_is_installed(self):
+        pytest.importorskip("cripser")
+        for seed in range(40):
+            volume = np.random.default_rng(seed).random(SHAPES[seed % 4])
+            for construction in "VT":
+                ours, theirs = (find(volume, construction) for find in (pairs_of_cripser, pairs_of_gudhi))
+                assert ours[1].tolist() == theirs[1].tolist()
+                for one, other in zip(ours[0], theirs[0], strict=True):
+                    assert sorted(map(tuple, one.tolist())) == sorted(map(tuple, other.tolist()))
+        assert topology._library() is pairs_of_cripser
+
+    def test_without_it_gudhi_does(self, monkeypatch):
+        monkeypatch.setitem(sys.modules, "cripser", None)
+        assert topology._library() is pairs_of_gudhi
+
+
 class TestGradient:
     @pytest.mark.parametrize("shape", [(3, 4), (2, 3, 4)])
     @CONSTRUCTIONS
@@ -190,7 +208,7 @@ class TestInput:
 
     def test_without_gudhi_the_loss_names_the_extra_before_training_and_everything_else_works(self):
         code = (
-            "import sys; sys.modules['gudhi'] = None\n"
+            "import sys; sys.modules['gudhi'] = sys.modules['cripser'] = None\n"
             "from hf_adafocal import CombinedLoss\n"
             "from hf_adafocal.betti import betti_numbers\n"
             "import hf_adafocal.metrics.segmentation\n"

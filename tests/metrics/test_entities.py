@@ -55,14 +55,6 @@ class TestEntitiesOf:
             tags = [NAMES[k] for k in random.integers(0, 5, random.integers(0, 9))]
             assert set(entities_of(tags)) == slow_entities(tags)
 
-    def test_they_are_those_of_seqeval(self):
-        sequence_labeling = pytest.importorskip("seqeval.metrics.sequence_labeling")
-        random = np.random.default_rng(0)
-        for _ in range(300):
-            tags = [NAMES[k] for k in random.integers(0, 5, random.integers(1, 9))]
-            theirs = [(kind, start, end + 1) for kind, start, end in sequence_labeling.get_entities(tags)]
-            assert entities_of(tags) == theirs
-
     @pytest.mark.parametrize("tag", ["NOUN", "S-PER", "B-", ""])
     def test_other_tags_are_an_error(self, tag):
         with pytest.raises(ValueError, match="B-TYPE, I-TYPE and O, found"):
