@@ -139,7 +139,7 @@ def evaluate_checkpoint(
         splits=sizes,
         overlap={"policy": split_overlap, "rows": check.overlap},
         seed=seed,
-        ood=None if found.ood is None else (task.ood, found.ood),
+        ood=None if found.ood is None else (str(task.ood), found.ood),
         **known,
     )
     if isinstance(task, SegmentationTask):
@@ -216,7 +216,7 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
         )
         trainer = AdaFocalTrainer(model, arguments, data_collator=prepared.data_collator)
         measured = {role: trainer.measure(getattr(prepared.splits, role), role)[1] for role in ("calibration", "test")}
-        ood = prepared.splits.ood
+        ood: Any = prepared.splits.ood
         if ood is not None:
             ood = trainer.predict(ood, metric_key_prefix="ood").predictions[:, order]
     kept = {
@@ -294,7 +294,7 @@ def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
 
 def _order(task: Task, config: PretrainedConfig, prepared: Prepared) -> np.ndarray:
     if isinstance(task, SegmentationTask):  # masks hold the numbers of classes, not their names
-        return np.arange(config.num_labels)
+        return np.arange(len(config.id2label or {}))
     return class_order(config, prepared.splits.label_names)
 
 

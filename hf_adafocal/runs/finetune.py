@@ -81,7 +81,7 @@ def _train(task_class: type[Task], arguments: Sequence[str] | None, prog: str | 
         if task_class is SegmentationTask:
             print(f"\n{dense_table(report)}")
             if compared:
-                folders = {run.loss: [args.output_dir], baseline: [f"{args.output_dir}-{baseline}"]}
+                folders = {run.loss: [str(args.output_dir)], baseline: [f"{args.output_dir}-{baseline}"]}
                 print(f"\n{difference_table(folders, baseline)}")
         print(f"\n{results_in_words(report, beside)}")
     PartialState().destroy_process_group()
