@@ -1,6 +1,7 @@
 """Several losses and seeds side by side: what is refused before training, and which finished runs are kept."""
 
 import json
+import shutil
 
 import pytest
 from datasets import load_dataset
@@ -12,6 +13,7 @@ from hf_adafocal.runs.compare import compare
 from hf_adafocal.runs.run_record import FILE
 from hf_adafocal.runs.tasks import ImageTask, TextTask
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
@@ -88,10 +90,16 @@ class TestRefusals:
 
 
 class TestReuse:
+    @pytest.fixture(scope="class")
+    def once(self, tmp_path_factory):
+        folder = tmp_path_factory.mktemp("once")
+        compare(ImageTask, QUICK, ["cross_entropy"], [0], folder)
+        return folder
+
     @pytest.fixture
-    def finished(self, tmp_path):
-        compare(ImageTask, QUICK, ["cross_entropy"], [0], tmp_path)
-        return tmp_path
+    def finished(self, once, tmp_path):
+        """A folder with a finished run."""
+        return shutil.copytree(once, tmp_path, dirs_exist_ok=True)
 
     @pytest.fixture
     def trained(self, monkeypatch):

@@ -19,6 +19,7 @@ from hf_adafocal.runs.evaluate import class_order, evaluate_checkpoint, scale_ch
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import ImageTask
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
