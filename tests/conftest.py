@@ -1,7 +1,9 @@
 """What every test shares: one thread, one seed, the numbers of the authors' own code, samples of real data."""
 
+import functools
 import gc
 import importlib
+import io
 import json
 import os
 import random
@@ -13,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from local_hub import LocalHub
+from PIL import Image
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
@@ -50,6 +53,35 @@ def seed():
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="module")
+def blank_pictures():
+    """Figures are saved as one pixel: drawing takes most of the time of a report."""
+    pixel = io.BytesIO()
+    Image.new("RGB", (1, 1)).save(pixel, format="png")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("matplotlib.figure.Figure.savefig", lambda _, file, **__: file.write(pixel.getvalue()))
+        yield
+
+
+@pytest.fixture(scope="module")
+def few_digits():
+    """Of the digits few are held out, to be evaluated faster; the sizes of the splits."""
+    from hf_adafocal.data import loading
+
+    held_out = {"calibration": 200, "test": 300}
+
+    @functools.cache
+    def few(seed, whole=loading._digits):
+        parts = whole(seed)
+        for name, role in {"validation": "calibration", "test": "test"}.items():
+            parts[name] = parts[name].select(range(held_out[role]))
+        return parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loading, "_digits", few)
+        yield held_out
 
 
 @pytest.fixture

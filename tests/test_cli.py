@@ -19,6 +19,8 @@ from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import ImageTask
 from hf_adafocal.scaling.folding import recorded_scaling
 
+pytestmark = pytest.mark.usefixtures("blank_pictures", "few_digits")
+
 pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 

@@ -21,6 +21,8 @@ from hf_adafocal.models import train_word_level_tokenizer
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import Prepared, TextTask
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 
 @pytest.fixture
 def warnings(caplog):

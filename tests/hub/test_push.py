@@ -25,6 +25,8 @@ from hf_adafocal.report.eval_results import write_eval_results
 from hf_adafocal.report.facts import DataSource
 from hf_adafocal.report.files import read_report, save_report
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 CARD = """---
 pipeline_tag: text-classification
 model-index:

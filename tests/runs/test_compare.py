@@ -13,7 +13,8 @@ from hf_adafocal.runs.compare import compare
 from hf_adafocal.runs.run_record import FILE
 from hf_adafocal.runs.tasks import ImageTask, TextTask
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("blank_pictures", "few_digits")
+
 pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 

@@ -19,7 +19,8 @@ from hf_adafocal.runs.evaluate import class_order, evaluate_checkpoint, scale_ch
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import ImageTask
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
+pytestmark = pytest.mark.usefixtures("blank_pictures", "few_digits")
+
 pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 

@@ -21,6 +21,8 @@ from hf_adafocal.runs.finetune import finetune, train
 from hf_adafocal.runs.run_record import RunRecord, read_record
 from hf_adafocal.runs.tasks import ImageTask, TextTask
 
+pytestmark = pytest.mark.usefixtures("blank_pictures", "few_digits")
+
 pytest.importorskip("timm", reason="timm is the extra `vision`")
 pytest.importorskip("matplotlib", reason="matplotlib is the extra `plots`")
 
@@ -89,7 +91,7 @@ class TestExample:
         card = (folder / "README.md").read_text()
         assert '<img src="example.png"' in card and f"# {found[0]['label']}: {found[0]['score']:.3f}\n" in card
 
-    def test_of_local_texts_none_is_shown(self, tmp_path, no_pictures):
+    def test_of_local_texts_none_is_shown(self, tmp_path):
         rows = newsgroups(tmp_path / "data")
         arguments = [*QUICK, "--dataset", rows, "--output_dir", str(tmp_path / "run"), "--num_train_epochs", "1"]
         report = finetune(*parse_arguments(TextTask, arguments))
@@ -145,7 +147,7 @@ class TestFinetune:
         assert report["folded"] is True and report["test"]["temperature_scaled"] == pytest.approx(expected, rel=1e-4)
         assert sizes(report) == {"train": 200, **few_digits}
 
-    def test_folding_a_temperature_changes_neither_row_of_the_report(self, vision_run, tmp_path, no_pictures):
+    def test_folding_a_temperature_changes_neither_row_of_the_report(self, vision_run, tmp_path):
         line = [*QUICK, "--output_dir", str(tmp_path), "--seed", "3", "--calibrate_at_end", "false"]
         report = finetune(*parse_arguments(ImageTask, line)).to_dict()
         assert vision_run[1]["folded"] is True and report["folded"] is False
@@ -174,7 +176,7 @@ class TestFinetune:
         saved = json.loads((vision_run[0] / "trainer_state.json").read_text())["stateful_callbacks"]["adafocal"]
         assert report["adaptation"][-1]["gammas"] == saved["gammas"]
 
-    def test_epsilon_of_every_update_is_in_the_report_and_on_the_card(self, tmp_path, no_pictures):
+    def test_epsilon_of_every_update_is_in_the_report_and_on_the_card(self, tmp_path):
         line = [
             *QUICK,
             "--output_dir",
@@ -193,7 +195,7 @@ class TestFinetune:
             "The smoothing of the labels moved 3 times, by the temperature of slices of the calibration split" in card
         )
 
-    def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path, few_digits, no_pictures):
+    def test_other_inputs_are_told_apart_by_the_confidence_of_the_checkpoint(self, tmp_path, few_digits):
         line = [*QUICK, "--output_dir", str(tmp_path), "--loss", "cross_entropy", "--ood", "noise", "--seed", "3"]
         line += ["--calibrate_at_end", "false"]
         report = finetune(*parse_arguments(ImageTask, line)).to_dict()
@@ -212,12 +214,12 @@ class TestFinetune:
             and report["ood"]["temperature_scaled"]["num_out"] == few_digits["test"]
         )
 
-    def test_one_seed_gives_one_result(self, vision_run, tmp_path, no_pictures):
+    def test_one_seed_gives_one_result(self, vision_run, tmp_path):
         _, report = vision_run
         again = finetune(*parse_arguments(ImageTask, [*QUICK, "--output_dir", str(tmp_path), "--seed", "3"])).to_dict()
         assert again["test"] == report["test"] and again["adaptation"] == report["adaptation"]
 
-    def test_a_text_model_is_trained_from_scratch_with_a_tokenizer_of_its_own(self, tmp_path, no_pictures):
+    def test_a_text_model_is_trained_from_scratch_with_a_tokenizer_of_its_own(self, tmp_path):
         line = ["--dataset", newsgroups(tmp_path / "data"), "--output_dir", str(tmp_path / "run"), *QUICK[:4]]
         report = finetune(
             *parse_arguments(TextTask, [*line, "--num_train_epochs", "15", "--per_device_train_batch_size", "8"])
@@ -240,7 +242,7 @@ class TestFinetune:
         assert report["model"]["architecture"] == "BertForSequenceClassification" and "adaptation" not in report
         assert not (tmp_path / "run" / "gamma.png").exists()
 
-    def test_any_image_classifier_can_be_fine_tuned(self, vision_run, tmp_path, no_pictures):
+    def test_any_image_classifier_can_be_fine_tuned(self, vision_run, tmp_path):
         folder, _ = vision_run
         line = ["--model_name_or_path", str(folder), "--output_dir", str(tmp_path), *QUICK]
         task, args = parse_arguments(ImageTask, line)
@@ -255,7 +257,7 @@ def train_and_keep_what_is_printed(folder) -> None:
 
 
 class TestScripts:
-    def test_two_processes_write_one_report_and_print_one_table(self, tmp_path, few_digits, no_pictures):
+    def test_two_processes_write_one_report_and_print_one_table(self, tmp_path, few_digits):
         debug_launcher(train_and_keep_what_is_printed, args=(tmp_path,), num_processes=2)
         printed = [path.read_text().count("adafocal, as trained") for path in tmp_path.glob("printed-*")]
         assert sorted(printed) == [0, 1]

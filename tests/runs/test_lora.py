@@ -28,6 +28,8 @@ from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.lora import LoraTask, merge_adapter, padding_of
 from hf_adafocal.scaling import recorded_scaling
 
+pytestmark = pytest.mark.usefixtures("blank_pictures", "few_digits")
+
 pytest.importorskip("peft", reason="peft (extra `dev`) adapts the model")
 
 SIZES = {

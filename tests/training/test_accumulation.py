@@ -1,7 +1,6 @@
 """One optimizer step over the same samples is one update, however they are cut into micro-batches."""
 
 import functools
-import gc
 
 import numpy as np
 import pytest
@@ -33,14 +32,6 @@ from hf_adafocal.models import (
 LEARNING_RATE = 10.0
 TABLE = {"edges": [0.0, 0.2, 0.3, 0.35, 0.5, 1.0], "gammas": [5.0, -1.0, 0.7, 2.0, -0.3]}
 CLASS_GAMMAS = [[1.0, 2.0, -0.5, 3.0, 4.0], [0.3, -2.0, 1.5, 6.0, -1.0], [2.5, 0.9, -0.7, 0.4, 8.0]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cheap_garbage_collection():
-    """`Trainer.train` collects garbage; without the imports' objects that takes a tenth of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def cnn():

@@ -1,6 +1,5 @@
 """Models and data that are not a plain module and a list: sharded, checkpointed, adapted, streamed, searched over."""
 
-import gc
 import json
 
 import numpy as np
@@ -14,14 +13,6 @@ from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 
 from hf_adafocal import AdaFocalLoss, AdaFocalTrainer
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cheap_garbage_collection():
-    """`Trainer.train` collects garbage; without the imports' objects that takes a tenth of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def weights(model) -> torch.Tensor:

@@ -17,6 +17,8 @@ from hf_adafocal.scaling.folding import recorded_scaling
 from hf_adafocal.training import calibration_at_end as module
 from hf_adafocal.training import recorder
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 HELD_OUT = tiny.token_dataset(300, seed=1)
 
 

@@ -13,6 +13,8 @@ from hf_adafocal.report.card import START
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.training import hub_uploads
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 TEST = tiny.token_dataset(30, seed=4)
 MODEL = {"config.json", "model.safetensors"}
 REPORTED = {"README.md", "report.json", "reliability.png", "gamma.png"}

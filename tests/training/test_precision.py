@@ -1,7 +1,6 @@
 """The model may compute in bfloat16 or be compiled: the loss, the metrics and gamma are computed in float32."""
 
 import contextlib
-import gc
 import shutil
 
 import numpy as np
@@ -16,14 +15,6 @@ from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES
 # Largest difference of a gamma from that of the float32 run after two updates from 1 on 900 calibration samples. A
 # bin holds 180: one that changes sides moves its gap by 1/180, and gammas by less than that.
 GAMMA_TOLERANCE = 0.05
-
-
-@pytest.fixture(autouse=True, scope="module")
-def cheap_garbage_collection():
-    """`Trainer.train` collects garbage; without the imports' objects that takes a tenth of the time."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @contextlib.contextmanager
@@ -86,6 +77,9 @@ class TestTrainingLoss:
         with recorded(run.loss) as calls:
             run.train()
         assert len(calls) == 12
+        if loss == "adafocal":  # the table stays in float32
+            assert run.loss.gammas.dtype == run.loss.edges.dtype == torch.float32
+            assert run.loss.gammas.ne(1).all()
         for (logits, labels, count), value, table in calls:
             assert (logits.dtype, value.dtype) == (dtype, torch.float32)
             least, largest = mean_loss(loss, logits, labels, table, count)
@@ -106,14 +100,6 @@ class TestTrainingLoss:
         assert len(pairs) == 12
         for value, again in pairs:
             assert value.dtype == torch.float32 and torch.equal(value, again)
-
-    @pytest.mark.parametrize("way", WAYS)
-    def test_the_table_stays_in_float32(self, tmp_path, way):
-        model, settings, _ = WAYS[way]
-        run = tiny.trainer(tmp_path, model(), **settings)
-        run.train()
-        assert run.loss.gammas.dtype == run.loss.edges.dtype == torch.float32
-        assert run.loss.gammas.ne(1).all()
 
 
 class TestMetrics:
@@ -204,11 +190,11 @@ class Watch(TrainerCallback):
 
 
 class TestSaturation:
-    def watched(self, folder, scale=1e4, dtype=torch.float32, **settings):
+    def watched(self, folder, scale=1e4, dtype=torch.float32, epochs=3, **settings):
         model = Saturated(tiny.bert().config)
         model.load_state_dict(tiny.bert().state_dict())
         model.scale = scale
-        run = tiny.trainer(folder, model.to(dtype), num_train_epochs=3, **settings)
+        run = tiny.trainer(folder, model.to(dtype), num_train_epochs=epochs, **settings)
         watch = Watch(run.loss)
         run.add_callback(watch)
         run.train()
@@ -216,7 +202,7 @@ class TestSaturation:
         confidence = torch.tensor(confidence).softmax(-1).amax(-1)
         assert (confidence == 1).float().mean() > 0.3  # as claimed
         assert torch.cat([p.flatten() for p in run.model.parameters()]).isfinite().all()
-        assert len(watch.gradients) == 18
+        assert len(watch.gradients) == 6 * epochs
         for gradient in watch.gradients:
             assert gradient.isfinite().all()
             # The wrong ones still teach, but for the Brier score, which is flat where the softmax is.
@@ -226,7 +212,7 @@ class TestSaturation:
     @pytest.mark.parametrize("loss", PER_SAMPLE_LOSSES)
     @pytest.mark.parametrize("settings", [{}, {"dtype": torch.bfloat16}, {"bf16": True}], ids=str)
     def test_gradients_stay_finite_with_every_loss(self, tmp_path, loss, settings):
-        self.watched(tmp_path, loss=loss, **settings)
+        self.watched(tmp_path, epochs=2, loss=loss, **settings)
 
     @pytest.mark.parametrize("scale", [1e4, 1e7])
     @pytest.mark.parametrize("gamma_initial", [20.0, 1.0, 0.2, -0.2, -2.0])

@@ -1,6 +1,7 @@
 """A run that stops at a checkpoint and goes on is the run that did not stop, to the bit."""
 
 import inspect
+import itertools
 import json
 import math
 import shutil
@@ -43,12 +44,13 @@ def read_state(folder) -> dict:
 
 
 def resumed_on_each_rank(folder, settings) -> None:
-    """The uninterrupted run, then one resumed from each of its checkpoints; each rank writes all outcomes."""
+    """The uninterrupted run, then two resumed from each of its checkpoints; each rank writes all outcomes."""
     torch.set_num_threads(1)
     whole = run_tiny.build(folder / "run", **settings)
     whole.train()
     results = [run_tiny.outcome(whole)]
-    for checkpoint in checkpoints(folder / "run"):
+    for checkpoint, restore in itertools.product(checkpoints(folder / "run"), (False, True)):
+        settings["restore_callback_states_from_checkpoint"] = restore
         run = run_tiny.build(folder / "again", seed_of_weights=9, **settings)
         run.train(resume_from_checkpoint=checkpoint)
         results.append(run_tiny.outcome(run))
@@ -56,12 +58,20 @@ def resumed_on_each_rank(folder, settings) -> None:
 
 
 class TestOneProcess:
-    @pytest.mark.parametrize("restore", [False, True], ids=["plain", "restore_callback_states"])
-    @pytest.mark.parametrize("strategy", STRATEGIES)
+    @pytest.mark.parametrize(
+        ("strategy", "restore"),
+        [
+            *((strategy, False) for strategy in STRATEGIES),
+            *((strategy, True) for strategy in ("within an epoch", "both after each epoch", "a loss without a table")),
+        ],
+    )
     def test_resuming_from_any_checkpoint_gives_the_uninterrupted_run(self, tmp_path, strategy, restore):
         if strategy == "stopped within an epoch" and not hasattr(Trainer, "_run_epoch"):
             pytest.skip("without Trainer._run_epoch the resumed run takes one more step: test_private_hooks.py")
-        settings = {**STRATEGIES[strategy], "restore_callback_states_from_checkpoint": restore}
+        settings = {
+            **{"num_train_epochs": 2, "restore_callback_states_from_checkpoint": restore},
+            **STRATEGIES[strategy],
+        }
         whole = run_tiny.build(tmp_path / "run", **settings)
         whole.train()
         expected, stops = run_tiny.outcome(whole), checkpoints(tmp_path / "run")
@@ -125,17 +135,15 @@ class TestTwoProcesses:
     @pytest.mark.skipif(
         loads_the_optimizer_onto_a_numbered_cpu(), reason="this Trainer cannot resume several processes on CPUs"
     )
-    @pytest.mark.parametrize("restore", [False, True], ids=["plain", "restore_callback_states"])
-    def test_resuming_from_any_checkpoint_gives_the_uninterrupted_run(self, tmp_path, restore):
+    def test_resuming_from_any_checkpoint_gives_the_uninterrupted_run(self, tmp_path):
         settings = {
             **STRATEGIES["saved at other steps than evaluated"],
-            "per_device_train_batch_size": 4,
-            "restore_callback_states_from_checkpoint": restore,
+            **{"num_train_epochs": 2, "per_device_train_batch_size": 4},
         }
         debug_launcher(resumed_on_each_rank, args=(tmp_path, settings), num_processes=2)
         first, second = (json.loads((tmp_path / f"rank-{rank}.json").read_text()) for rank in (0, 1))
         whole, *resumed = first
-        assert whole["world_size"] == 2 and len(resumed) == 5
+        assert whole["world_size"] == 2 and len(resumed) == 2 * 3
         assert all(run == whole for run in resumed)
         for mine, theirs in zip(first, second, strict=True):
             assert {**mine, "log": None} == {**theirs, "log": None}
@@ -272,6 +280,7 @@ class TestDamagedState:
         self.refused(checkpoint, r"trainer_state\.json is missing")
 
 
+@pytest.mark.usefixtures("blank_pictures", "few_digits")
 class TestCommandLine:
     QUICK = (
         *("--use_cpu", "true", "--disable_tqdm", "true", "--num_train_epochs", "2", "--max_train_samples", "160"),

@@ -85,6 +85,7 @@ class TestWriteReport:
         assert not report.test.intervals
 
 
+@pytest.mark.usefixtures("blank_pictures")
 class TestCard:
     def test_after_the_best_checkpoint_is_back_it_shows_that_one(self, tmp_path):
         run = tiny.trainer(

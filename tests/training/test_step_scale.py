@@ -13,6 +13,8 @@ from datasets import Dataset, IterableDataset
 from hf_adafocal import FocalLoss
 from hf_adafocal.losses.registry import PER_SAMPLE_LOSSES
 
+pytestmark = pytest.mark.usefixtures("blank_pictures")
+
 # SGD without clipping: the update shows the scale of the gradient.
 SGD = {"optim": "sgd", "max_grad_norm": 0.0, "split_overlap": "skip", "calibration_fraction": None}
 WEIGHTS = [0.2, 1.0, 4.0]
