@@ -1,7 +1,7 @@
 """Flatten a batch to one row per sample, for losses that compare the samples of a batch with each other."""
 
 import math
-from typing import NamedTuple
+from dataclasses import dataclass
 
 from torch import Tensor
 
@@ -10,7 +10,8 @@ from hf_adafocal.losses import functional
 MOST_PAIRED = 4096  # samples that are compared in pairs: some 0.4 GB
 
 
-class BatchSamples(NamedTuple):
+@dataclass
+class BatchSamples:  # no NamedTuple, whose methods torch 2.6 does not compile
     """A batch with one row per sample; ignored samples stay, with weight 0, so that no shape depends on the data."""
 
     log_p: Tensor  # (N, C)

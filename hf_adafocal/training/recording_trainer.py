@@ -62,6 +62,10 @@ class RecordingTrainer(ResumableTrainer):
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """As `Trainer.prediction_step`; records the batch also where a subclass replaces `compute_loss`."""
+        if inputs is None:  # what accelerate 1.7 makes of an empty stream
+            raise RuntimeError(
+                "The evaluation found no labelled sample. A stream must start anew each time it is iterated."
+            )
         labels = inputs.get("labels")
         targets = None if labels is None else self.conventions.targets(inputs, self.ignore_index)
         self.batch_recorded = False

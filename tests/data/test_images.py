@@ -108,11 +108,12 @@ def splits(images: list) -> Splits:
 
 
 class TestEncoding:
-    processor = ViTImageProcessor(size={"height": 1, "width": 6}, do_normalize=False, resample=0)
+    processor = ViTImageProcessor(size={"height": 4, "width": 6}, do_normalize=False, resample=0)
 
     @pytest.mark.parametrize("mode", ["I;16", "I"])
     def test_pixel_values_of_16_bit_images_are_their_scaled_levels(self, mode, caplog, log_propagates):
-        row = encode_images(splits([wide(mode)] * 3), self.processor).train[0]["pixel_values"]
+        image = PILImage.fromarray(np.repeat(np.asarray(wide(mode)), 4, axis=0))  # one row would pass for channels
+        row = encode_images(splits([image] * 3), self.processor).train[0]["pixel_values"]
         np.testing.assert_allclose(row[:, 0] * 255, [EXPECTED] * 3, atol=1e-3)
         assert caplog.text.count("Pipelines of transformers clip them instead") == 1
 

@@ -7,6 +7,7 @@ import pytest
 import tiny
 import torch
 from loss_names import ANY_SHAPE
+from torch.utils.data import SequentialSampler
 from transformers import Trainer, TrainingArguments
 
 from hf_adafocal import AdaFocalCallback, AdaFocalTrainer, CombinedLoss
@@ -197,9 +198,13 @@ class TestMicroBatches:
         args = tiny.arguments(
             "unused", max_steps=1, per_device_train_batch_size=4, gradient_accumulation_steps=4, optim="sgd",
             learning_rate=rate, max_grad_norm=0.0, eval_strategy="steps", eval_steps=100,
-            train_sampling_strategy="sequential",
         )  # fmt: skip
-        run = AdaFocalTrainer(
+
+        class InOrder(AdaFocalTrainer):
+            def _get_train_sampler(self, *_):
+                return SequentialSampler(data)
+
+        run = InOrder(
             tiny.bert(), args, train_dataset=data, eval_dataset=tiny.token_dataset(60, seed=1), loss=loss_fn()
         )
         run.train()

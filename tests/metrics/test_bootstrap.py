@@ -81,7 +81,7 @@ class TestBootstrapInterval:
 
     def test_it_agrees_with_scipy_up_to_chance(self):
         values = np.random.default_rng(0).exponential(size=200)
-        expected = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", rng=1)
+        expected = scipy.stats.bootstrap((values,), np.mean, n_resamples=4000, method="percentile", random_state=1)
         found = bootstrap_interval(np.mean, values, num_resamples=4000)
         assert found[1:] == pytest.approx(tuple(expected.confidence_interval), abs=0.01)
 

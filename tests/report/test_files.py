@@ -1,5 +1,6 @@
 """Files of a report: written whole or not at all, read back, refused with their name."""
 
+import contextlib
 import json
 import os
 import resource
@@ -17,22 +18,24 @@ from hf_adafocal.report.files import FILE, add_baselines, read_report, save_repo
 from hf_adafocal.report.weights import weights_hash
 
 
-@pytest.fixture
+@contextlib.contextmanager
 def full_disk():
-    """Files cannot grow beyond 100 bytes, as on a disk that is full."""
+    """Files cannot grow beyond 100 bytes, as on a disk that is full; pytest's own log among them."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # the write then fails instead
     resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, before)
-    signal.signal(signal.SIGXFSZ, handler)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, handler)
 
 
 class TestWriteAtomically:
-    def test_where_the_disk_is_full_the_earlier_file_stays_and_nothing_is_left_behind(self, tmp_path, full_disk):
+    def test_where_the_disk_is_full_the_earlier_file_stays_and_nothing_is_left_behind(self, tmp_path):
         path = tmp_path / "report.json"
         write_atomically(path, "old")
-        with pytest.raises(OSError):
+        with full_disk(), pytest.raises(OSError):
             write_atomically(path, "x" * 1000)
         assert path.read_text() == "old" and os.listdir(tmp_path) == ["report.json"]
 
