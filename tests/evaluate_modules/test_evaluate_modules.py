@@ -7,6 +7,7 @@ import socket
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -179,6 +180,9 @@ class TestEvaluateModule:
         isolation = ["--no-isolation"] if importlib.util.find_spec("hatchling") else []
         python("-m", "build", "--wheel", *isolation, "--outdir", str(tmp_path), str(ROOT))
         (wheel,) = tmp_path.glob("*.whl")
+        files = {path.relative_to(ROOT) for path in (ROOT / "hf_adafocal").rglob("*") if path.is_file()}
+        files = {path.as_posix() for path in files if "__pycache__" not in path.parts}
+        assert "hf_adafocal/py.typed" in files and files <= set(zipfile.ZipFile(wheel).namelist())
         target = tmp_path / "site"
         python("-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--target", str(target), str(wheel))
         code = (
@@ -186,7 +190,8 @@ class TestEvaluateModule:
             "metrics = [evaluate.load(hf_adafocal.evaluate_module(name)) for name in sys.argv[1:]];"
             "print(hf_adafocal.__file__);"
             "print(metrics[0].compute(predictions=[[0.75, 0.25], [0.75, 0.25]], references=[0, 1]));"
-            "print(*(metric.name for metric in metrics))"
+            "print(*(metric.name for metric in metrics));"
+            "[getattr(hf_adafocal, name) for name in hf_adafocal.__all__]"
         )
         output = python("-c", code, *TITLES, env=environment(tmp_path, PYTHONPATH=str(target)))
         source, result, names = output.splitlines()

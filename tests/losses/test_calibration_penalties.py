@@ -122,7 +122,8 @@ class TestEveryTerm:
         assert loss.dtype == torch.float32
         assert loss == term(logits.float(), labels)
 
-    @EACH_SETTING
+    # With default settings, as a module: tests/losses/test_batch_loss.py.
+    @pytest.mark.parametrize(("term", "settings"), [pair for pair in PAIRS if pair[1]], ids=name)
     def test_compiled_in_one_graph_it_equals_eager(self, term, settings):
         torch.compiler.reset()
         logits, labels = batch(dtype=torch.float32)
