@@ -118,8 +118,8 @@ class TestFitTemperature:
     @pytest.mark.parametrize("seed", range(3))
     def test_it_is_scikit_learns_temperature_on_real_digits(self, seed):
         from sklearn.calibration import CalibratedClassifierCV
-        from sklearn.frozen import FrozenEstimator
 
+        FrozenEstimator = pytest.importorskip("sklearn.frozen").FrozenEstimator
         model, pixels, logits, labels = digits(seed)
         try:
             calibrated = CalibratedClassifierCV(FrozenEstimator(model), method="temperature").fit(pixels, labels)

@@ -573,7 +573,7 @@ class TestFoldCheckpoint:
         base = AutoModelForSequenceClassification.from_pretrained(tmp_path / "old")
         config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"])
         peft.get_peft_model(base, config).save_pretrained(tmp_path / "old")
-        self.refused(tmp_path / "old", "merge them first")
+        self.refused(tmp_path / "old", "merge them first|has no weights for .*lora")  # transformers 5.0 loads none
 
 
 class TestCheckFoldable:
