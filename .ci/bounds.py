@@ -5,7 +5,10 @@ import tomllib
 from pathlib import Path
 
 PROJECT = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
-GROUPS = [PROJECT["dependencies"], *(PROJECT["optional-dependencies"][extra] for extra in ("vision", "plots", "dev"))]
+GROUPS = [
+    PROJECT["dependencies"],
+    *(PROJECT["optional-dependencies"][extra] for extra in ("vision", "plots", "topology", "dev")),
+]
 
 for requirement in sorted({requirement for group in GROUPS for requirement in group}):
     bound = re.match(r"([\w-]+)>=([\d.]+)", requirement)

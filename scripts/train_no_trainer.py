@@ -131,6 +131,7 @@ def train(task, args):
         loader.set_epoch(epoch)
         skipped = step % steps_per_epoch * args.gradient_accumulation_steps
         rest = skip_first_batches(loader, skipped) if skipped else loader
+        rest.set_epoch(epoch)  # accelerate 1.7 would shuffle what is left as in the first epoch
         model.train()
         for batches in optimizer_steps(rest, args, accelerator, loss.ignore_index):
             value = accumulate_gradient(accelerator, model, loss, batches)

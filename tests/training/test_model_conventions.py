@@ -114,6 +114,8 @@ def test_a_gpt2_is_divided_by_the_words_that_are_predicted(tmp_path):
     data = data.remove_columns("labels").add_column("labels", data["input_ids"][:])  # the first label too
     settings = {**SETTINGS, "optim": "sgd", "learning_rate": 0.5}
     stock = Trainer(built(gpt2), TrainingArguments(str(tmp_path), **settings), train_dataset=data)
+    if not hasattr(stock, "_loss_shifts_labels"):
+        pytest.skip("this Trainer counts the labels in another way")
     stock._loss_shifts_labels = True
     run = ours(tmp_path, built(gpt2), data, sentences(16, 1), optim="sgd", learning_rate=0.5)
     stock.train(), run.train()

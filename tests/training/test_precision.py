@@ -151,7 +151,7 @@ class TestGammas:
         model, settings, _ = WAYS[way]
         assert (1 - exact).abs().min() > 0.5  # there is something to agree on
         found = gammas(model(), **settings)
-        assert (found - exact).abs().max() < (1e-5 if way == "compiled" else GAMMA_TOLERANCE)
+        assert (found - exact).abs().max() < (1e-3 if way == "compiled" else GAMMA_TOLERANCE)
 
     def test_evaluating_in_bfloat16_within_training_changes_no_gamma(self, gammas, exact):
         # transformers casts the model only outside of training.
