@@ -82,7 +82,7 @@ def calibrate(
     with torch.no_grad(), evaluating(model), random_state_kept(_generators(dataloader)):
         for batch in dataloader:
             if batch is None:  # what accelerate 1.7 makes of a share without batches
-                continue
+                break
             inputs, labels = _split(batch if device is None else send_to_device(batch, device))
             outputs = network(**inputs) if isinstance(inputs, Mapping) else network(inputs)
             logits = classes_last(logits_of(outputs, type(network).__name__), labels)
