@@ -218,7 +218,8 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
         measured = {role: trainer.measure(getattr(prepared.splits, role), role)[1] for role in ("calibration", "test")}
         ood: Any = prepared.splits.ood
         if ood is not None:
-            ood = trainer.predict(ood, metric_key_prefix="ood").predictions[:, order]
+            outside: Any = trainer.predict(ood, metric_key_prefix="ood").predictions
+            ood = outside[:, order]
     kept = {
         role: collected_results(trainer, role) if found is None else (found[0][:, order], found[1])
         for role, found in measured.items()

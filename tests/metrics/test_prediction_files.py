@@ -16,7 +16,7 @@ from sklearn.model_selection import train_test_split
 
 from hf_adafocal import cli
 from hf_adafocal.cli import main
-from hf_adafocal.metrics.prediction_files import read_predictions
+from hf_adafocal.metrics.prediction_files import read_groups, read_predictions
 from hf_adafocal.metrics.scores import expected_calibration_error, top_label
 
 SUFFIXES = ("parquet", "csv", "npz")
@@ -200,6 +200,29 @@ class TestReadPredictions:
 
 
 NAMES = ["cat", "dog", "eel"]
+
+
+class TestGroups:
+    @every_suffix
+    def test_the_gate_takes_the_images_of_pixels_from_the_column_group_or_the_one_that_is_named(
+        self, tmp_path, suffix, capsys
+    ):
+        confidence, correct = pairs(400)
+        for column, more in (("group", []), ("image", ["--group-column", "image"])):
+            groups = np.arange(400) % 20
+            path = save(
+                tmp_path / f"p.{suffix}", confidence=confidence, correct=correct.astype(int), **{column: groups}
+            )
+            main(["gate", "--max-ece", "0.5", *more, str(path)])
+            assert "400 samples in 20 groups" in capsys.readouterr().out
+            np.testing.assert_array_equal(read_groups(path, "image" if more else None), groups)
+        assert read_groups(path) is None
+
+    def test_a_column_that_is_not_there_is_an_error(self, tmp_path, capsys):
+        confidence, correct = pairs(40)
+        path = save(tmp_path / "p.csv", confidence=confidence, correct=correct.astype(int))
+        assert main(["gate", "--max-ece", "0.5", "--group-column", "image", str(path)]) == 2
+        assert "no column 'image'" in capsys.readouterr().err
 
 
 def write_text(path, separator, names=NAMES, label=NAMES.__getitem__, size=40):

@@ -15,10 +15,11 @@ from transformers import (
 )
 
 from hf_adafocal import cli
-from hf_adafocal.metrics.segmentation import DenseCounts, dense_differences
+from hf_adafocal.metrics.segmentation import DenseCounts, count_dense, dense_differences, dense_metrics
+from hf_adafocal.report.comparison import student_interval
 from hf_adafocal.report.files import read_report
 from hf_adafocal.runs.arguments import parse_arguments
-from hf_adafocal.runs.dense import COUNTS, dense_table, measure_images
+from hf_adafocal.runs.dense import COUNTS, dense_table, difference_table, measure_images
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.tasks import SegmentationTask
 
@@ -144,3 +145,26 @@ class TestImages:
         assert {"dice", "betti_1_error"} <= report.metrics.keys() and (tmp_path / "run" / "overlay.png").exists()
         assert cli.main(["evaluate", "segmentation", str(tmp_path / "run")]) == 0
         assert read_report(tmp_path / "run").metrics == pytest.approx(report.metrics, rel=1e-3, abs=1e-6)
+
+
+class TestDifferenceTable:
+    def test_of_several_seeds_the_intervals_are_over_seeds(self, tmp_path):
+        folders, differences = {"focal": [], "cross_entropy": []}, []
+        for seed in range(3):
+            random = np.random.default_rng(seed)
+            labels = random.integers(0, 2, (4, 5, 6))
+            found = []
+            for loss, runs in folders.items():
+                runs.append(tmp_path / f"{loss}-{seed}")
+                runs[-1].mkdir()
+                counts = count_dense(random.random(labels.shape), random.integers(0, 2, labels.shape), labels, 2)
+                counts.save(runs[-1] / COUNTS)
+                found.append(dense_metrics(counts)["pixel_ece"])
+            differences.append(100 * (found[0] - found[1]))
+        low, high = student_interval(np.array(differences))
+        text = difference_table(folders)
+        assert "over the 3 seeds" in text and f"{np.mean(differences):.2f} ({low:.2f} to {high:.2f})" in text
+        assert "cavities" not in text  # of images there are none
+
+    def test_without_a_baseline_there_is_none(self, tmp_path):
+        assert difference_table({"focal": [tmp_path]}) == ""
