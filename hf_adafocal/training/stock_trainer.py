@@ -24,7 +24,8 @@ class CalibrationMetrics:
 
     Args:
         num_bins: Bins of the metrics and of the loss's table.
-        ignore_index: Label of samples that do not count; that of the loss.
+        ignore_index: Label of samples that do not count; that of the loss. A stock Trainer takes the number of labels
+            that its loss is divided by from those that are not -100, so give pixels that do not count this label.
 
     Give the Trainer `compute_loss_func=loss`, `preprocess_logits_for_metrics=calibration.reduce`,
     `compute_metrics=calibration` and `callbacks=[AdaFocalCallback(loss, calibration.calibrate)]`. It then calls:
