@@ -32,6 +32,7 @@ def clean_data(size=48, seed=0) -> Dataset:
 def build(folder, model=None, **settings):
     settings = {"loss": "cross_entropy", "calibrate_at_end": True, "eval_dataset": HELD_OUT, **settings}
     settings = {"train_dataset": clean_data(), "num_train_epochs": 6, "learning_rate": 1e-2, **settings}
+    settings.setdefault("per_device_eval_batch_size", 100)
     return tiny.trainer(folder, model, **settings)
 
 
