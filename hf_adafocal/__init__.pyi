@@ -46,6 +46,7 @@ from hf_adafocal.report import write_card as write_card
 from hf_adafocal.runs import evaluate_checkpoint as evaluate_checkpoint
 from hf_adafocal.runs import scale_checkpoint as scale_checkpoint
 from hf_adafocal.scaling import Scaling as Scaling
+from hf_adafocal.scaling import fit_platt_scaling as fit_platt_scaling
 from hf_adafocal.scaling import fit_temperature as fit_temperature
 from hf_adafocal.scaling import fit_temperature_scaling as fit_temperature_scaling
 from hf_adafocal.scaling import fit_vector_scaling as fit_vector_scaling

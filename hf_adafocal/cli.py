@@ -145,9 +145,9 @@ def _parser() -> argparse.ArgumentParser:
     scale.add_argument("--output", type=Path, required=True, help="folder of the new checkpoint")
     scale.add_argument(
         "--method",
-        choices=("temperature", "vector"),
+        choices=("temperature", "platt", "vector"),
         default="temperature",
-        help="one temperature (default), or a factor and an offset per class",
+        help="one temperature (default), a factor and an offset for two classes, or a factor and an offset per class",
     )
     for measured in (evaluate, scale):
         measured.add_argument("task", choices=("text", "vision", "segmentation"))

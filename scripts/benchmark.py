@@ -2,6 +2,7 @@
 
 python scripts/benchmark.py losses                  # forward + backward of each loss against F.cross_entropy
 python scripts/benchmark.py losses --device cuda --rounds 200
+python scripts/benchmark.py losses --tokens         # AdaFocal against cross-entropy on TRL's fused head (extra `sft`)
 python scripts/benchmark.py metrics                 # each metric against the peers that have it: values and times
 python scripts/benchmark.py trainer                 # steps and evaluations of AdaFocalTrainer by the stock Trainer's
 
@@ -427,11 +428,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("losses", "metrics", "trainer"))
     parser.add_argument("--device", default="cpu")
-    parser.add_argument("--rounds", type=int, help="default: 60 for losses, 9 for metrics, 15 for trainer")
+    parser.add_argument("--rounds", type=int, help="default: 60 for losses, 9 for metrics, 15 for trainer and tokens")
+    parser.add_argument("--tokens", type=int, nargs="?", const=1024, help="losses of so many tokens (default: 1,024)")
     options = parser.parse_args()
     random.seed(0)
     torch.manual_seed(0)
-    if options.what == "losses":
+    if options.what == "losses" and options.tokens:
+        from benchmark_tokens import benchmark_tokens
+
+        benchmark_tokens(options.device, options.rounds or 15, options.tokens, peak_bytes)
+    elif options.what == "losses":
         benchmark_losses(options.device, options.rounds or 60)
         benchmark_tokens(options.device, options.rounds or 60)
     elif options.what == "metrics":

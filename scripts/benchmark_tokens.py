@@ -1,74 +1,80 @@
-"""Time and peak memory of AdaFocal against cross-entropy on TRL's fused head, which makes no logits of all tokens.
+"""Time and peak memory of AdaFocal against cross-entropy on TRL's fused head: `benchmark.py losses --tokens`."""
 
-python scripts/benchmark_tokens.py                  # vocabularies 32,000 and 128,256; needs the extra `sft`
-python scripts/benchmark_tokens.py --device cuda --tokens 8192
-
-Each round times both once, in a new order; the ratio is the median over rounds of AdaFocal's time by cross-entropy's.
-"""
-
-import argparse
 import random
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from benchmark import peak_bytes
 from trl.kernels import ChunkedLogProbFunction
 
 from hf_adafocal.losses import AdaFocalLoss
 from hf_adafocal.losses.functional import modulate
 
 VOCABULARIES = (32_000, 128_256)
-HIDDEN = 256
+HIDDEN, CHUNK = 256, 32_768
 
 
-def main() -> None:
-    """Measure and print a Markdown table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--tokens", type=int, default=1024)
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    adafocal = AdaFocalLoss().to(options.device)
+def benchmark_tokens(
+    device: str, rounds: int, tokens: int, peak_bytes: Callable, vocabularies: Sequence[int] = VOCABULARIES
+) -> None:
+    """Print a Markdown table: forward and backward of the language model's head and the loss, for each vocabulary.
+
+    Each round times both losses once, in a new order; the ratio is the median over rounds. On the CPU it is processor
+    time, which other jobs stretch less than they stretch the clock's.
+
+    Args:
+        device: Where to run.
+        rounds: How often.
+        tokens: Of a batch.
+        peak_bytes: Most bytes held during a call, as `benchmark.peak_bytes`.
+        vocabularies: Sizes of the head.
+    """
+    adafocal = AdaFocalLoss().to(device)
     adafocal.set_table(torch.linspace(0, 1, 16) ** 0.5, torch.linspace(-2, 4, 15))
     losses = {"cross_entropy": lambda ce: ce, "adafocal": lambda ce: modulate(ce, adafocal.gamma)}
-    print("| tokens x vocabulary | loss | time | time / CE | peak memory | memory / CE |\n| --- " + "| --- " * 5 + "|")
-    for vocabulary in VOCABULARIES:
-        hidden = torch.randn(options.tokens, HIDDEN, device=options.device, requires_grad=True)
-        weight = (0.1 * torch.randn(vocabulary, HIDDEN, device=options.device)).requires_grad_()
-        labels = torch.randint(vocabulary, (options.tokens,), device=options.device)
+    kind = "processor time" if device == "cpu" else "time"
+    print(f"| tokens x vocabulary | loss | {kind} | {kind} / CE | peak memory | memory / CE |\n{'| --- ' * 6}|")
+    for vocabulary in vocabularies:
+        hidden = torch.randn(tokens, HIDDEN, device=device, requires_grad=True)
+        weight = (0.1 * torch.randn(vocabulary, HIDDEN, device=device)).requires_grad_()
+        labels = torch.randint(vocabulary, (tokens,), device=device)
 
         def step(loss, hidden=hidden, weight=weight, labels=labels) -> None:
             hidden.grad = weight.grad = None
-            log_p = ChunkedLogProbFunction.apply(hidden, weight, None, labels, 1.0, 32768, None, 1.0, ("log_probs",))[
-                0
-            ]
+            settings = (1.0, CHUNK, None, 1.0, ("log_probs",))
+            (log_p, *_) = ChunkedLogProbFunction.apply(hidden, weight, None, labels, *settings)
             loss(-log_p).sum().backward()
 
         times: dict[str, list[float]] = {name: [] for name in losses}
         for loss in losses.values():  # warm-up
             step(loss)
-        for _ in range(options.rounds):
+        for _ in range(rounds):
             for name in random.sample(list(losses), len(losses)):
-                start = time.perf_counter()
-                step(losses[name])
-                if options.device != "cpu":
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(seconds(partial(step, losses[name]), device))
         memory = {}
         for name, loss in losses.items():
             hidden.grad = weight.grad = None  # or the pass that is measured would begin with less than nothing
-            memory[name] = peak_bytes(partial(step, loss), options.device != "cpu")
+            memory[name] = peak_bytes(partial(step, loss), device != "cpu")
         for name, values in times.items():
             ratio = statistics.median(a / b for a, b in zip(values, times["cross_entropy"], strict=True))
             share = memory[name] / memory["cross_entropy"]
             print(
-                f"| {options.tokens} x {vocabulary} | {name} | {statistics.median(values):.3f} s | {ratio:.3f} | "
+                f"| {tokens} x {vocabulary} | {name} | {statistics.median(values):.3f} s | {ratio:.3f} | "
                 f"{memory[name] / 2**20:.0f} MiB | {share:.3f} |",
                 flush=True,
             )
 
 
-if __name__ == "__main__":
-    main()
+def seconds(function: Callable, device: str) -> float:
+    """Processor time of a call on the CPU, elapsed time on another device."""
+    if device == "cpu":
+        start = time.process_time()
+        function()
+        return time.process_time() - start
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    function()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start

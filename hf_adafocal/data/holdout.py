@@ -70,7 +70,12 @@ def row_labels(dataset: Any) -> list[Hashable] | None:
             values = [dataset[index][name] for index in range(len(dataset))]
     # Of a tensor or a NumPy number the Python number.
     values = [value.item() if getattr(value, "ndim", None) == 0 else value for value in values]
-    return values if all(value is None or isinstance(value, str | int) for value in values) else None
+    binary = {0.0, 1.0}  # as floats, of models with a single output
+    classes = (
+        value is None or isinstance(value, str | int) or (isinstance(value, float) and value in binary)
+        for value in values
+    )
+    return values if all(classes) else None
 
 
 def _stratified(labels: Sequence[Hashable], held: int, generator: np.random.Generator) -> np.ndarray:

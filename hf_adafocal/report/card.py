@@ -291,6 +291,7 @@ def _block(report: Report, repo_id: str, pictures: Sequence[str]) -> str:
         decision=card_text.decision(report),
         snippet=card_text.snippet(report, repo_id),
         scaling=report.scaling_outcome,
+        pooler=card_text.pooler_sentence(report),
         calibrated=report.folded,
         main_table=main,
         other_table=others,

@@ -50,7 +50,10 @@ def what_it_does(report: Report) -> str:
     title, _ = _DOES.get(report.model.task or "", ("Classifier", "sample"))
     labels = report.model.labels
     classes = f" with {len(labels)} classes" if labels else ""
-    if has_names(labels):
+    if report.model.single_output:
+        positive = f", that of {escape(labels[0])}" if has_names(labels) else ""
+        classes = f" with two classes and one output, the logit of the positive class{positive}"
+    elif has_names(labels):
         shown = [escape(label) for label in labels[:SHOWN_LABELS]]
         more = len(labels) - len(shown)
         classes += f": {', '.join(shown)}" + (f" and {more} more" if more else "")
@@ -170,6 +173,8 @@ def reuse_sentence(report: Report) -> str:
     names = {"adaptation": adapted, "scaling": "the temperature", "selection": "the choice of the checkpoint"}
     if report.test.scaling is None:
         names.pop("scaling")
+    elif report.test.scaling.method == "platt":
+        names["scaling"] = "Platt scaling"
     reused = [names[use] for use, split in report.held_out.items() if split == report.test.split and use in names]
     if not reused:
         return ""
@@ -200,6 +205,18 @@ def overlap_sentences(report: Report) -> list[str]:
     if overlap.get("policy") == "skip":
         sentences.append("Whether the splits share rows was not checked.")
     return sentences
+
+
+def pooler_sentence(report: Report) -> str:
+    """Describe the settings of a server that scales logits itself; empty if there are none."""
+    if report.pooler is None:
+        return ""
+    activation = "sigmoid" if report.model.single_output else "softmax"
+    numbers = json.dumps({name: float(f"{value:.6g}") for name, value in report.pooler.items()})
+    return (
+        f"vLLM gives the scores of the second row, `{activation}((logits - logit_mean) / logit_sigma)`, with "
+        f"`--pooler-config '{numbers}'`."
+    )
 
 
 def loss_name(report: Report) -> str:

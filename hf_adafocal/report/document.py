@@ -22,6 +22,7 @@ def to_document(report: Report) -> dict[str, Any]:
         "temperature": test.temperature,
         "scaling": None if test.scaling is None else test.scaling.to_dict(),
         "scaling_outcome": report.scaling_outcome,
+        "pooler": report.pooler,
         "bins": dict(BINS),
         "intervals": None
         if not test.intervals
@@ -124,6 +125,8 @@ def _results(fields: Fields) -> Results:
         fields.number("temperature")  # for readers of the JSON; the scaling holds it
     if "scaling_outcome" in fields:
         fields.text("scaling_outcome")  # likewise
+    if "pooler" in fields:
+        fields.json("pooler")
     if "bins" in fields:
         fields.json("bins")
     if "intervals" in fields:

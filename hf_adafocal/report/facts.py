@@ -52,7 +52,8 @@ class ModelFacts:
     Attributes:
         architecture: Name of its class.
         task: The Hub's name of the task; None if it is none of `TASKS`.
-        labels: Class names in the order of the logits; empty if unknown.
+        labels: Class names in the order of the logits; empty if unknown; one, that of the positive class, of a head
+            with a single output for two classes.
         base_model: Hub id of the checkpoint that was fine-tuned; None if unknown, local or trained from scratch.
         custom_code: Whether loading it needs `trust_remote_code=True`.
         adapter: Whether the checkpoint is a PEFT adapter.
@@ -64,6 +65,11 @@ class ModelFacts:
     base_model: str | None = None
     custom_code: bool = False
     adapter: bool = False
+
+    @property
+    def single_output(self) -> bool:
+        """Whether the head has one logit, that of the positive one of two classes."""
+        return len(self.labels) == 1
 
 
 def describe_model(model: Any) -> ModelFacts:

@@ -9,7 +9,14 @@ import numpy as np
 from hf_adafocal.metrics.binning import BinStats, bin_statistics, equal_width_edges
 from hf_adafocal.metrics.bootstrap import bootstrap_interval, report_intervals
 from hf_adafocal.metrics.intervals import calibration_error_interval
-from hf_adafocal.metrics.scores import calibration_error, calibration_report, softmax, top_label
+from hf_adafocal.metrics.scores import (
+    binary_adaptive_calibration_error,
+    binary_expected_calibration_error,
+    calibration_error,
+    calibration_report,
+    softmax,
+    top_label,
+)
 
 IGNORE_INDEX = -100
 MOST_FOR_INTERVALS = 200_000  # samples; beyond, resampling takes minutes and the intervals are narrower than rounding
@@ -64,7 +71,7 @@ def flat(logits: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> tuple[np
     """Select the labelled samples of logits and labels, shapes `(N, C)` and `(N,)`.
 
     Args:
-        logits: Shape `(..., C)`.
+        logits: Shape `(..., C)`; of a single logit, C = 1, both classes are returned.
         labels: Shape `(...)`; `ignore_index` where a token or pixel does not count.
         ignore_index: Label of samples that do not count.
 
@@ -74,7 +81,7 @@ def flat(logits: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> tuple[np
     >>> flat(np.zeros((1, 3, 2)), np.array([[0, -100, 1]]))[1]
     array([0, 1])
     """
-    logits, labels = np.asarray(logits), np.asarray(labels)
+    logits, labels = two_columns(np.asarray(logits)), np.asarray(labels)
     if logits.ndim < 2 or labels.shape != logits.shape[:-1]:
         raise ValueError(f"Expected logits (..., C) and labels (...), found {logits.shape} and {labels.shape}.")
     counted = labels != ignore_index
@@ -83,7 +90,19 @@ def flat(logits: Any, labels: Any, ignore_index: int = IGNORE_INDEX) -> tuple[np
     return logits[counted], labels[counted]
 
 
-def measure_logits(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15, num_resamples: int = 1000) -> Measured:
+def two_columns(logits: np.ndarray) -> np.ndarray:
+    """Return logits of two classes, 0 and z, for the single logits z of a binary classifier; others unchanged.
+
+    >>> two_columns(np.array([[2.0]])).tolist()
+    [[0.0, 2.0]]
+    """
+    single = logits.ndim > 1 and logits.shape[-1] == 1
+    return np.concatenate([np.zeros_like(logits), logits], axis=-1) if single else logits
+
+
+def measure_logits(
+    logits: np.ndarray, labels: np.ndarray, num_bins: int = 15, num_resamples: int = 1000, *, binary: bool = False
+) -> Measured:
     """Compute metrics and intervals of the softmax of logits.
 
     Args:
@@ -91,18 +110,26 @@ def measure_logits(logits: np.ndarray, labels: np.ndarray, num_bins: int = 15, n
         labels: Class indices, shape `(N,)`.
         num_bins: Bins of the binned metrics.
         num_resamples: Resamples of the bootstrap.
+        binary: Add `binary_ece` and `binary_ada_ece`, of the probability of class 1.
 
     Raises:
         ValueError: If the shapes do not fit, a label is no class, or a logit is not finite.
     """
     probabilities = softmax(logits)
-    intervals = {}
+    metrics, intervals = calibration_report(probabilities, labels, num_bins), {}
     if len(labels) <= MOST_FOR_INTERVALS:
         found = report_intervals(probabilities, labels, num_bins, num_resamples=num_resamples)
         intervals = {name: (interval.low, interval.high) for name, interval in found.items()}
+    if binary:
+        p, positive = probabilities[:, 1], labels == 1
+        metrics["binary_ece"] = binary_expected_calibration_error(p, positive, num_bins)
+        metrics["binary_ada_ece"] = binary_adaptive_calibration_error(p, positive, num_bins)
+        if intervals:
+            interval = calibration_error_interval(p, positive, num_bins)
+            intervals["binary_ece"] = (interval.low, interval.high)
     confidence, correct = top_label(probabilities, labels)
     return Measured(
-        calibration_report(probabilities, labels, num_bins),
+        metrics,
         intervals,
         bin_statistics(confidence, correct, equal_width_edges(num_bins)),
     )

@@ -1,7 +1,7 @@
 """Typed and versioned schema of a run's report: it is built, checked and converted to JSON here."""
 
 import datetime
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,8 +19,10 @@ from hf_adafocal.report.measurement import (
     measure_collected,
     measure_logits,
     measure_samples,
+    two_columns,
 )
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling
+from hf_adafocal.scaling.platt import fit_platt_scaling
 
 SCHEMA_VERSION = 1
 RAW, SCALED = "raw", "temperature_scaled"  # as trained, and with the scaling (a vector scaling too)
@@ -136,6 +138,8 @@ class Report:
         what = "vector scaling (one factor and one bias per class)"
         if temperature is not None:
             what = f"temperature T = {temperature:.3g}"
+        elif scaling.method == "platt":
+            what = f"Platt scaling (logit times {scaling.scale:.3g} plus {scaling.bias:.3g})"
         if self.folded:
             return f"The {what}{samples} is folded into the last layer: the scores are calibrated as they come."
         known = None not in (scaling.nll_before, scaling.nll_after, scaling.num_samples)
@@ -144,10 +148,26 @@ class Report:
                 f"Nothing is folded in: {scaling.num_samples:,} calibration samples cannot tell a {what} from leaving "
                 "the scores as they are (likelihood-ratio test at 95 %)."
             )
+        method = " --method platt" if scaling.method == "platt" else ""
         return (
             f"The scores are those of the trained model. A {what}{samples} gives the second row of the table; "
-            "`hf-adafocal scale` folds it into the checkpoint."
+            f"`hf-adafocal scale{method}` folds it into the checkpoint."
         )
+
+    @property
+    def pooler(self) -> dict[str, float] | None:
+        """Settings with which the classifier pooler of a server gives the scaled scores of a checkpoint as trained.
+
+        `logit_mean` and `logit_sigma` of vLLM's `PoolerConfig`; None where the scaling is folded, where there is none,
+        or where one mean and one sigma do not make it.
+        """
+        scaling = self.test.scaling
+        of_text = self.model.task == "text-classification"
+        if scaling is None or self.folded or not of_text or scaling.method == "vector":
+            return None
+        if scaling.scale == 1 and not scaling.bias:
+            return None
+        return scaling.pooler() if scaling.method == "temperature" or self.model.single_output else None
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, Report) and self.to_dict() == other.to_dict()
@@ -201,11 +221,12 @@ def build_report(
 
     Logits are those of the model as it is now. If its head holds a scaling, pass that as `folded`: the row "as
     trained" is then measured from the logits with the scaling undone. Otherwise a temperature is fitted on
-    `calibration`, and the row "temperature_scaled" says what dividing by it would give.
+    `calibration` (Platt scaling for a single output), and the row "temperature_scaled" says what that would give.
 
     Args:
         test: Of the split that is measured: logits `(..., C)` and labels `(...)`, -100 where a token or pixel does not
-            count (a `PredictionOutput` sliced `[:2]` fits); or `PerSample` statistics; or `Collected` metrics.
+            count (a `PredictionOutput` sliced `[:2]` fits); or `PerSample` statistics; or `Collected` metrics. C is 1
+            for a head with a single output.
         calibration: Logits and labels of the calibration split, likewise; None if there is none.
         model: The model, wrapped or not, or the `ModelFacts` of one.
         split: Role of the measured split: "test", "evaluation", "calibration".
@@ -244,8 +265,9 @@ def build_report(
     """
     if folded is not None and scaling is not None:
         raise ValueError("folded and scaling exclude each other: the scaling is inside the head, or it is not.")
-    measured, scaling = _measure(test, calibration, folded, scaling, num_bins, num_resamples)
     facts = model if isinstance(model, ModelFacts) else describe_model(model)
+    fit = fit_platt_scaling if facts.single_output else fit_temperature_scaling
+    measured, scaling = _measure(test, calibration, folded, scaling, fit, num_bins, num_resamples)
     report = Report(
         test=Results(
             split=split,
@@ -286,6 +308,7 @@ def _measure(
     calibration: tuple[Any, Any] | None,
     folded: Scaling | None,
     scaling: Scaling | None,
+    fit: Callable[..., Scaling],
     num_bins: int,
     num_resamples: int,
 ) -> tuple[dict[str, Measured], Scaling | None]:
@@ -301,9 +324,12 @@ def _measure(
         rows, scaling = {RAW: folded.undo(logits), SCALED: logits}, folded
     else:
         if scaling is None and calibration is not None:
-            scaling = fit_temperature_scaling(*flat(*calibration))
+            scaling = fit(*flat(*calibration))
         rows = {RAW: logits} if scaling is None else {RAW: logits, SCALED: scaling.apply(logits)}
-    return {name: measure_logits(values, labels, num_bins, num_resamples) for name, values in rows.items()}, scaling
+    binary = fit is fit_platt_scaling
+    return {
+        name: measure_logits(values, labels, num_bins, num_resamples, binary=binary) for name, values in rows.items()
+    }, scaling
 
 
 def _out_of_distribution(
@@ -311,7 +337,7 @@ def _out_of_distribution(
 ) -> dict[str, Any]:
     if isinstance(test, PerSample | Collected):
         raise ValueError("Out-of-distribution metrics need the logits of the measured split, found its metrics alone.")
-    inside, outside = (np.asarray(logits, dtype=np.float64) for logits in (flat(*test)[0], out))
+    inside, outside = (two_columns(np.asarray(logits, dtype=np.float64)) for logits in (flat(*test)[0], out))
     rows = {RAW: (inside, outside)}
     if folded is not None:
         rows = {RAW: (folded.undo(inside), folded.undo(outside)), SCALED: (inside, outside)}

@@ -45,6 +45,8 @@ METRICS = {
         Column("brier", "Brier", 1, 3),
         Column("ece", "ECE %", 100, 2),
         Column("ada_ece", "AdaECE %", 100, 2),
+        Column("binary_ece", "ECE of class 1 %", 100, 2),
+        Column("binary_ada_ece", "AdaECE of class 1 %", 100, 2),
         Column("classwise_ece", "classwise ECE %", 100, 2),
         Column("mce", "MCE %", 100, 2),
     )
@@ -120,8 +122,9 @@ def escape(text: Any) -> str:
 
 def scores_titles(report: Report) -> dict[str, str]:
     """Return the titles of the scores as trained and scaled, for tables and pictures."""
-    temperature = report.test.temperature
-    return {RAW: "as trained", SCALED: "vector scaled" if temperature is None else f"T = {temperature:.2f}"}
+    temperature, scaling = report.test.temperature, report.test.scaling
+    scaled = "Platt scaled" if scaling is not None and scaling.method == "platt" else "vector scaled"
+    return {RAW: "as trained", SCALED: scaled if temperature is None else f"T = {temperature:.2f}"}
 
 
 def comparison_table(

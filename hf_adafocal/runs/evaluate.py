@@ -18,7 +18,7 @@ from hf_adafocal.metrics.prediction_files import GROUP_COLUMN
 from hf_adafocal.metrics.scores import softmax
 from hf_adafocal.report.facts import describe_model
 from hf_adafocal.report.files import read_report
-from hf_adafocal.report.measurement import Collected
+from hf_adafocal.report.measurement import Collected, two_columns
 from hf_adafocal.report.schema import Report, build_report
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs.dense import add_dense_metrics
@@ -27,13 +27,14 @@ from hf_adafocal.runs.run_record import published
 from hf_adafocal.runs.tasks import Prepared, SegmentationTask, Task
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling, fit_vector_scaling
 from hf_adafocal.scaling.folding import fold_checkpoint, load_classifier, recorded_scaling
+from hf_adafocal.scaling.platt import fit_platt_scaling
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
 from hf_adafocal.training.run_report import collected_results
 from hf_adafocal.training.trainer import AdaFocalTrainer
 
 logger = logging.get_logger(__name__)
 
-FITS = {"temperature": fit_temperature_scaling, "vector": fit_vector_scaling}
+FITS = {"temperature": fit_temperature_scaling, "platt": fit_platt_scaling, "vector": fit_vector_scaling}
 PREDICTION_FILES = (".parquet", ".npz")
 
 
@@ -161,7 +162,7 @@ def scale_checkpoint(
     Args:
         task: With `model_name_or_path`, a local checkpoint without a folded scaling.
         output: Folder of the new checkpoint.
-        method: "temperature" or "vector".
+        method: "temperature", "vector", or for two classes "platt".
         seed: Of the splits, where the data set has none of its own.
         batch_size: Samples of a forward pass.
 
@@ -219,7 +220,7 @@ def predict(task: Task, model: PreTrainedModel, seed: int = 0, batch_size: int =
         ood: Any = prepared.splits.ood
         if ood is not None:
             outside: Any = trainer.predict(ood, metric_key_prefix="ood").predictions
-            ood = outside[:, order]
+            ood = two_columns(np.asarray(outside))[:, order]
     kept = {
         role: collected_results(trainer, role) if found is None else (found[0][:, order], found[1])
         for role, found in measured.items()
@@ -269,7 +270,7 @@ def write_predictions(path: str | Path, logits: np.ndarray, labels: np.ndarray, 
 def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
     """Return for each class of the data the index of the checkpoint's logit, shape `(C,)`.
 
-    Classes are matched by name, or by number if the checkpoint has no names.
+    Classes are matched by name, or by number if the checkpoint has no names or a single output for two classes.
 
     Args:
         config: Of the checkpoint.
@@ -280,6 +281,8 @@ def class_order(config: PretrainedConfig, names: list[str]) -> np.ndarray:
     """
     labels: Mapping[Any, str] = config.id2label or {}
     known = [str(labels[index]) for index in range(len(labels))]
+    if len(known) == 1 and len(names) == 2:  # of which the second is the positive one
+        return np.arange(2)
     if sorted(known) == sorted(names):
         return np.asarray([known.index(name) for name in names])
     generic = all(name == f"LABEL_{index}" for index, name in enumerate(known))

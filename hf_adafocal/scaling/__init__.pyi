@@ -12,3 +12,4 @@ from hf_adafocal.scaling.folding import recorded_scaling as recorded_scaling
 from hf_adafocal.scaling.folding import unfold_scaling as unfold_scaling
 from hf_adafocal.scaling.grid import best_temperature as best_temperature
 from hf_adafocal.scaling.grid import nll_on_grid as nll_on_grid
+from hf_adafocal.scaling.platt import fit_platt_scaling as fit_platt_scaling

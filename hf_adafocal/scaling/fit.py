@@ -22,7 +22,8 @@ class Scaling:
 
     Args:
         scale: 1 / T, or one factor per class, C numbers.
-        bias: Added after the factor: 0, or one number per class, in nats.
+        bias: Added after the factor, in nats: 0; one number per class; or, of Platt scaling, a number that is added to
+            the logit of the positive class, the second of two or the only one.
         nll_before: Mean NLL of the samples it was fitted on, as they came, in nats.
         nll_after: The same with the scaling; of the same samples, so a little flattering.
         num_samples: How many samples it was fitted on.
@@ -53,8 +54,25 @@ class Scaling:
 
     @property
     def method(self) -> str:
-        """Name of the method: `"temperature"`, or `"vector"` if the numbers differ by class."""
-        return "vector" if isinstance(self.scale, tuple) or self.bias else "temperature"
+        """Name of the method: `"temperature"`, `"platt"` with a bias, or `"vector"` with numbers for each class."""
+        if isinstance(self.scale, tuple) or isinstance(self.bias, tuple):
+            return "vector"
+        return "platt" if self.bias else "temperature"
+
+    def bias_of(self, num_logits: int) -> float | tuple[float, ...]:
+        """Return the bias of each logit of a head.
+
+        Raises:
+            ValueError: If it is one of Platt scaling, and there are more than two logits.
+
+        >>> Scaling(0.5, 1.0).bias_of(2), Scaling(0.5, 1.0).bias_of(1)
+        ((0.0, 1.0), 1.0)
+        """
+        if self.method != "platt" or num_logits == 1:
+            return self.bias
+        if num_logits != 2:
+            raise ValueError(f"Platt scaling is for two classes, or a single logit, found {num_logits} logits.")
+        return (0.0, self.bias)  # type: ignore[return-value]
 
     @overload
     def apply(self, logits: Tensor) -> Tensor: ...
@@ -101,14 +119,15 @@ class Scaling:
         """Convert logits to float32 or wider, and scale and bias to the same dtype and device."""
         given = torch.as_tensor(logits)
         dtype = torch.promote_types(given.dtype, torch.float32)
-        scale, bias = (torch.tensor(value, dtype=dtype, device=given.device) for value in (self.scale, self.bias))
+        bias_of_logits = self.bias_of(given.shape[-1]) if given.ndim else self.bias
+        scale, bias = (torch.tensor(value, dtype=dtype, device=given.device) for value in (self.scale, bias_of_logits))
         return given.to(dtype), scale, bias
 
     def is_supported(self, confidence: float = 0.95) -> bool:
         """Test by the likelihood ratio whether this scaling fits better than unscaled logits.
 
         Twice the rise of the log-likelihood of the samples it was fitted on is compared with the chi-square quantile
-        for as many degrees of freedom as numbers were fitted (1, or 2 C for a vector scaling).
+        for as many degrees of freedom as numbers were fitted (1, 2 for Platt scaling, 2 C for a vector scaling).
 
         Args:
             confidence: Level of the test, in (0, 1).
@@ -130,16 +149,18 @@ class Scaling:
         if self.nll_before is None or self.nll_after is None or self.num_samples is None:
             raise ValueError(
                 "Whether a scaling is supported needs nll_before, nll_after and num_samples; take what "
-                "fit_temperature_scaling or fit_vector_scaling returns."
+                "fit_temperature_scaling, fit_platt_scaling or fit_vector_scaling returns."
             )
-        fitted = sum(len(value) if isinstance(value, tuple) else 0 for value in (self.scale, self.bias)) or 1
+        numbers = (self.scale, self.bias)
+        fitted = sum(len(value) if isinstance(value, tuple) else 0 for value in numbers) or (2 if self.bias else 1)
         statistic = 2 * self.num_samples * (self.nll_before - self.nll_after)
         return bool(statistic > chi2.ppf(confidence, fitted))
 
     def pooler(self) -> dict[str, float]:
         """Return the settings of a server that computes `(logits - logit_mean) / logit_sigma` before its activation.
 
-        Those are the names of vLLM's `PoolerConfig`; they are for a checkpoint in which the scaling is not folded.
+        Those are the names of vLLM's `PoolerConfig`; they are for a checkpoint in which the scaling is not folded. Of
+        Platt scaling they are for a head with a single logit: of two logits, a bias for both is a bias for none.
 
         Raises:
             ValueError: If the numbers differ by class, or the factor is not above 0.
@@ -196,7 +217,7 @@ def fit_temperature(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) ->
     >>> round(fit_temperature(logits, torch.tensor([0, 0, 0, 1])), 3)  # 4 / T = log 3
     3.641
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = checked(logits, labels)
     if _all_right(logits, labels):
         warnings.warn(
             f"All {len(labels)} held-out samples are classified correctly, so no temperature fits best: T stays 1. "
@@ -239,7 +260,7 @@ def fit_temperature_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.nda
     0.2747
     """
     temperature = fit_temperature(logits, labels)
-    return _measured(Scaling(1 / temperature), *_checked(logits, labels))
+    return measured(Scaling(1 / temperature), *checked(logits, labels))
 
 
 def fit_vector_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray) -> Scaling:
@@ -270,7 +291,7 @@ def fit_vector_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray)
     >>> found.method, found.bias[0] > found.bias[1]
     ('vector', True)
     """
-    logits, labels = _checked(logits, labels)
+    logits, labels = checked(logits, labels)
     if not torch.isfinite(logits).all():
         raise ValueError("Vector scaling needs every class of every sample, found logits of -inf: fit a temperature.")
     start = fit_temperature_scaling(logits, labels)
@@ -287,11 +308,11 @@ def fit_vector_scaling(logits: Tensor | np.ndarray, labels: Tensor | np.ndarray)
 
     found = _fit_vector(start.apply(logits).numpy(), labels.numpy())
     factors, bias = found.reshape(2, -1)
-    before = _measured(Scaling(1.0), logits, labels)
+    before = measured(Scaling(1.0), logits, labels)
     if not np.isfinite(found).all() or not factors.all():
         _warn_of_refusal("vector scaling", _nll(logits, labels), math.nan)
         return before
-    fitted = _measured(Scaling(tuple(factors * start.scale), tuple(bias)), logits, labels)
+    fitted = measured(Scaling(tuple(factors * start.scale), tuple(bias)), logits, labels)
     earlier, later = _nll(logits, labels), _nll(fitted.apply(logits), labels)
     if later > earlier + ROUNDING:
         _warn_of_refusal("vector scaling", earlier, later)
@@ -319,7 +340,7 @@ def _fit_vector(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return minimize(objective, start, jac=True, method="L-BFGS-B", options=options).x
 
 
-def _checked(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
+def checked(logits: Any, labels: Any) -> tuple[Tensor, Tensor]:
     """Validate logits and labels and return them as float64 and int64 on the CPU."""
     logits, labels = torch.as_tensor(logits).detach().cpu().double(), torch.as_tensor(labels).cpu()
     if logits.ndim != 2 or labels.shape != logits.shape[:1] or len(labels) == 0:
@@ -350,7 +371,7 @@ def _all_right(logits: Tensor, labels: Tensor) -> bool:
     return bool((logits.argmax(dim=-1) == labels).all())
 
 
-def _measured(scaling: Scaling, logits: Tensor, labels: Tensor) -> Scaling:
+def measured(scaling: Scaling, logits: Tensor, labels: Tensor) -> Scaling:
     """Add the NLL before and after to a scaling."""
     return dataclasses.replace(
         scaling,

@@ -36,9 +36,10 @@ def fold_scaling(model: Any, scaling: Scaling, inputs: dict[str, Tensor] | None 
     also under `auto_mapping` of the adapter's config, which is what PEFT saves.
 
     Args:
-        model: A single-label classifier of texts, tokens, images or pixels, not quantized; a PEFT model with its head
-            in `modules_to_save`, or merged (`merge_and_unload`).
-        scaling: What `fit_temperature_scaling` or `fit_vector_scaling` found on this model's logits.
+        model: A single-label classifier of texts, tokens, images or pixels, not quantized, also with a single output
+            for two classes; a PEFT model with its head in `modules_to_save`, or merged (`merge_and_unload`).
+        scaling: What `fit_temperature_scaling`, `fit_vector_scaling` or, of two classes, `fit_platt_scaling` found on
+            this model's logits.
         inputs: A batch that the model takes; needed only where neither token ids nor pixels of the size that the
             config tells will do.
 
@@ -65,15 +66,15 @@ def fold_scaling(model: Any, scaling: Scaling, inputs: dict[str, Tensor] | None 
         )
     _check_task(model.config)
     head = find_head(model, inputs)
-    _check_fit(head, scaling)
-    _rescale(head, scaling.scale, scaling.bias)
+    scale, bias = _numbers_for(head, scaling)
+    _rescale(head, scale, bias)
     setattr(model.config, RECORD, scaling.to_dict())
     adapter = _adapter_config(model)
     if adapter is not None:
         adapter.auto_mapping = {**(adapter.auto_mapping or {}), RECORD: scaling.to_dict()}
 
 
-def check_foldable(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
+def check_foldable(model: Any, inputs: dict[str, Tensor] | None = None) -> bool:
     """Check that `fold_scaling` would accept a temperature, without changing the model; call it before training.
 
     A scaling that is recorded already is no objection here: training moves on from it and forgets the record.
@@ -82,6 +83,9 @@ def check_foldable(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
         model: As in `fold_scaling`.
         inputs: As in `fold_scaling`.
 
+    Returns:
+        Whether the head has a bias, as Platt and vector scaling need it.
+
     Raises:
         TypeError: As `fold_scaling`.
         ValueError: As `fold_scaling`.
@@ -89,7 +93,7 @@ def check_foldable(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
     _check_model(model)
     _check_task(model.config)
     with random_state_kept():
-        find_head(model, inputs)
+        return find_head(model, inputs).bias is not None
 
 
 def unfold_scaling(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
@@ -108,8 +112,7 @@ def unfold_scaling(model: Any, inputs: dict[str, Tensor] | None = None) -> None:
     if scaling is None:
         raise ValueError(f"model.config.{RECORD} holds no scaling, so there is none to undo.")
     head = find_head(model, inputs)
-    _check_fit(head, scaling)
-    scale, bias = (torch.tensor(value, dtype=torch.float64) for value in (scaling.scale, scaling.bias))
+    scale, bias = (torch.tensor(value, dtype=torch.float64) for value in _numbers_for(head, scaling))
     _rescale(head, 1 / scale, -bias / scale)
     forget_scaling(model)
 
@@ -191,23 +194,28 @@ def _adapter_config(model: Any) -> Any:
 
 
 def _check_task(config: transformers.PretrainedConfig) -> None:
-    if config.problem_type not in (None, "single_label_classification") or (config.num_labels or 0) < 2:
+    single = config.num_labels == 1 and config.problem_type == "multi_label_classification"  # of one label
+    known = config.problem_type in (None, "single_label_classification") or single
+    if not known or (config.num_labels or 0) < 1:
         raise ValueError(
             "Scaling is fitted to the softmax over two or more classes, found num_labels "
-            f"{config.num_labels} and problem_type {config.problem_type}."
+            f"{config.num_labels} and problem_type {config.problem_type}; a single output counts as two classes."
         )
 
 
-def _check_fit(head: nn.Linear | nn.Conv2d | nn.Conv3d, scaling: Scaling) -> None:
-    for name in ("scale", "bias"):
-        value = getattr(scaling, name)
-        if isinstance(value, tuple) and len(value) != head.weight.shape[0]:
-            raise ValueError(f"The head has {head.weight.shape[0]} outputs, but {name} has {len(value)} numbers.")
+def _numbers_for(head: nn.Linear | nn.Conv2d | nn.Conv3d, scaling: Scaling) -> tuple[Any, Any]:
+    """Return factor and bias of the outputs of a head, each a number or one per output, if it can hold them."""
+    outputs = head.weight.shape[0]
+    numbers = (scaling.scale, scaling.bias_of(outputs))
+    for name, value in zip(("scale", "bias"), numbers, strict=True):
+        if isinstance(value, tuple) and len(value) != outputs:
+            raise ValueError(f"The head has {outputs} outputs, but {name} has {len(value)} numbers.")
     if np.any(scaling.bias) and head.bias is None:
         raise ValueError(
             "The head has no bias, and from_pretrained would not load one that is added: fold a temperature instead "
             "(fit_temperature_scaling)."
         )
+    return numbers
 
 
 def _rescale(head: nn.Linear | nn.Conv2d | nn.Conv3d, scale: Any, bias: Any) -> None:

@@ -4,8 +4,10 @@ Sums of batches and of processes add up, so no logits need to be kept: 44 number
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 NUM_NODES = 22  # with which T is within 0.1 % from 0.2 to 20
@@ -74,6 +76,17 @@ def nll_on_grid(logits: Tensor, labels: Tensor, ignore_index: int = -100) -> Ten
     return sums
 
 
+def joined(parts: Sequence[Tensor]) -> Tensor:
+    """Concatenate rows of logits of batches; those with fewer classes than others are filled with -inf.
+
+    >>> joined([torch.zeros(1, 3), torch.zeros(1, 2)])
+    tensor([[0., 0., 0.],
+            [0., 0., -inf]])
+    """
+    widest = max(part.shape[-1] for part in parts)
+    return torch.cat([F.pad(part, (0, widest - part.shape[-1]), value=-math.inf) for part in parts])
+
+
 class SumsOnGrid:
     """Running sums of `nll_on_grid` over the batches of an evaluation.
 
@@ -121,7 +134,7 @@ class SumsOnGrid:
         if self._waiting:
             logits, labels = zip(*self._waiting, strict=True)
             self._waiting = []
-            self._sum(torch.cat(logits), torch.cat(labels))
+            self._sum(joined(logits), torch.cat(labels))
 
     def _sum(self, logits: Tensor, labels: Tensor) -> None:
         sums = nll_on_grid(logits, labels, self.ignore_index)

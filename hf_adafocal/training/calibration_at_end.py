@@ -1,7 +1,7 @@
-"""After training, fit a temperature and fold it into the classifier's last layer if the evidence supports it."""
+"""After training, fit a temperature or Platt scaling and fold it into the last layer if the evidence supports it."""
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers.utils import logging
@@ -9,6 +9,8 @@ from transformers.utils import logging
 from hf_adafocal.preserved_state import random_state_kept
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling
 from hf_adafocal.scaling.folding import check_foldable, fold_scaling
+from hf_adafocal.scaling.platt import fit_platt_scaling
+from hf_adafocal.training.model_conventions import has_single_output
 
 if TYPE_CHECKING:
     from hf_adafocal.training.trainer import AdaFocalTrainer
@@ -24,7 +26,7 @@ class CalibrationOutcome:
     """Result of temperature scaling at the end of training.
 
     Attributes:
-        scaling: The temperature that was fitted.
+        scaling: The temperature that was fitted; factor and bias of a single output whose layer has a bias.
         folded: Whether it was folded into the model.
         reason: One sentence that says why, or why not.
     """
@@ -40,50 +42,64 @@ def check_before_training(trainer: "AdaFocalTrainer") -> None:
     Raises:
         ValueError: If it cannot: the error says what to change, before anything is trained.
     """
+    try:
+        check_foldable(trainer.network, _one_row(trainer))
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"calibrate_at_end=True folds a temperature into the model's last layer, and this model's cannot hold "
+            f"one: {error} Or set calibrate_at_end=False."
+        ) from error
+
+
+def _one_row(trainer: "AdaFocalTrainer") -> dict[str, Any]:
+    """Return the model's inputs for one row of the calibration set, to find the last layer with."""
     with random_state_kept():
         batch = next(iter(trainer.get_eval_dataloader(trainer.calibration_dataset)))
         inputs = trainer.conventions.inputs(trainer._prepare_inputs(batch))
         # One row: a model that gets its padding token when training begins cannot take several yet.
-        inputs = {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
-        try:
-            check_foldable(trainer.network, inputs)
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"calibrate_at_end=True folds a temperature into the model's last layer, and this model's cannot hold "
-                f"one: {error} Or set calibrate_at_end=False."
-            ) from error
+        return {name: value[:1] if isinstance(value, torch.Tensor) else value for name, value in inputs.items()}
 
 
 def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
-    """Fit a temperature on the calibration set and fold it into the trained model if the evidence supports it.
+    """Fit a scaling on the calibration set and fold it into the trained model if the evidence supports it.
 
-    Every process fits the same numbers on the same gathered logits.
+    It is a temperature; of a single output whose layer has a bias, Platt scaling. Every process fits the same numbers
+    on the same gathered logits.
     """
-    scaling = _fit(trainer)
-    temperature = scaling.to_dict()["temperature"]
+    inputs = _one_row(trainer)
+    platt = has_single_output(trainer.network) and check_foldable(trainer.network, inputs)
+    scaling = _fit(trainer, platt)
+    factor, bias = float(scaling.scale), float(scaling.bias)  # type: ignore[arg-type]  # a number each
+    temperature = 1 / factor
     samples = f"{scaling.num_samples:,} calibration samples"
+    what = f"temperature of {temperature:.3g}"
+    if platt:
+        what = f"factor of {factor:.3g} and a bias of {bias:.3g} (Platt scaling)"
     if not scaling.is_supported(CONFIDENCE):
         folded = False
         reason = (
-            f"{samples} cannot tell a temperature of {temperature:.3g} from 1 (likelihood-ratio test at "
+            f"{samples} cannot tell a {what} from {'none' if platt else '1'} (likelihood-ratio test at "
             f"{CONFIDENCE:.0%}), so none was folded into the model."
         )
     else:
         folded = True
-        fold_scaling(trainer.network, scaling)
+        fold_scaling(trainer.network, scaling, inputs)
         # So that a hyper-parameter search evaluates the model that comes out.
         trainer.objective = None  # type: ignore[has-type]
         reason = (
-            f"A temperature of {temperature:.3g}, fitted on {samples} (likelihood-ratio test at {CONFIDENCE:.0%}), "
+            f"A {what}, fitted on {samples} (likelihood-ratio test at {CONFIDENCE:.0%}), "
             "was folded into the model's last layer."
         )
     logger.info(reason)
-    trainer.log({f"{PREFIX}_temperature": temperature, f"{PREFIX}_folded": float(folded)})
+    of_platt = {f"{PREFIX}_bias": bias} if platt else {}
+    trainer.log({f"{PREFIX}_temperature": temperature, **of_platt, f"{PREFIX}_folded": float(folded)})
     return CalibrationOutcome(scaling, folded, reason)
 
 
-def _fit(trainer: "AdaFocalTrainer") -> Scaling:
+def _fit(trainer: "AdaFocalTrainer", platt: bool) -> Scaling:
     metrics, kept = trainer.measure(trainer.calibration_dataset, PREFIX)
+    if kept is not None and platt:
+        return fit_platt_scaling(*map(torch.as_tensor, kept))
     if kept is not None:
         return fit_temperature_scaling(*map(torch.as_tensor, kept))
     # Too many logits to keep: the best temperature of the sums on the grid.

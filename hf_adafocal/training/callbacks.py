@@ -308,12 +308,12 @@ class AdaFocalCallback(AdaptiveStateCallback):
 
 
 def expected_evaluations(args: Any, state: Any) -> int:
-    """Compute how many evaluations a training run makes from start to end."""
-    epochs = math.ceil(state.num_train_epochs)
+    """Compute how many evaluations a training run makes from start to end; at most, where a stream ends epochs."""
+    epochs = min(math.ceil(state.num_train_epochs), state.max_steps)  # the Trainer has sys.maxsize epochs of a stream
     if args.eval_strategy == IntervalStrategy.NO:
         return epochs
     if args.eval_strategy == IntervalStrategy.EPOCH:
-        return sum(epoch >= args.eval_delay for epoch in range(1, epochs + 1))
+        return max(epochs + 1 - max(math.ceil(args.eval_delay), 1), 0)
     every = state.eval_steps
     if not every or every < 1:
         return 0

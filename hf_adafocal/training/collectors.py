@@ -12,6 +12,7 @@ from hf_adafocal.training.processes import DataProcesses
 from hf_adafocal.training.sample_rows import (
     COLUMNS,
     IGNORED,
+    binary_metrics,
     counted_rows,
     equal_mass_statistics,
     sample_metrics,
@@ -53,6 +54,10 @@ class SampleCollector:
     def metrics(self, num_bins: int = 15) -> dict[str, float]:
         """Compute `accuracy`, `nll` (nats), `brier`, `ece` and `ada_ece` of the samples, at least one."""
         return sample_metrics(self._rows, num_bins)
+
+    def binary_metrics(self, num_bins: int = 15) -> dict[str, float]:
+        """Compute `sample_rows.binary_metrics` of the samples, at least one, of a two-class model."""
+        return binary_metrics(self._rows, num_bins)
 
     def statistics(self, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
         """Compute `equal_mass_statistics` of the samples, at least one."""
@@ -135,6 +140,10 @@ class HistogramCollector:
             "ece": self._histogram.expected_calibration_error(num_bins),
             "ada_ece": self._histogram.adaptive_calibration_error(num_bins),
         }
+
+    def binary_metrics(self, num_bins: int = 15) -> dict[str, float]:
+        """Return no metrics: a histogram counts which predictions are right, not which class they are of."""
+        return {}
 
     def statistics(self, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
         """As `SampleCollector.statistics`, but never per class.

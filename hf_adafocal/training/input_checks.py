@@ -7,8 +7,9 @@ import torch
 from transformers import TrainingArguments
 
 from hf_adafocal.data.columns import label_column
-from hf_adafocal.training.label_checks import check_labels
-from hf_adafocal.training.model_conventions import base_model
+from hf_adafocal.losses.layout import is_single
+from hf_adafocal.training.label_checks import check_labels, check_values
+from hf_adafocal.training.model_conventions import base_model, has_single_output
 from hf_adafocal.training.processes import check_sequences_are_whole
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ def check_model(model: Any, label_names: list[str], processing_class: Any = None
         processing_class: Its tokenizer, whose padding token the Trainer gives to the model.
 
     Raises:
-        ValueError: If it has other targets, says it has several labels per sample, or has a single output; if it reads
+        ValueError: If it has other targets, or says that it regresses or has several labels per sample; if it reads
             its logits at the last token that is not padding, and there is no padding token.
     """
     name = type(model).__name__
@@ -59,15 +60,11 @@ def check_model(model: Any, label_names: list[str], processing_class: Any = None
         )
     config = getattr(model, "config", None)
     problem_type = getattr(config, "problem_type", None)
-    if problem_type not in (None, "single_label_classification"):
+    of_one_label = problem_type == "multi_label_classification" and has_single_output(model)
+    if problem_type not in (None, "single_label_classification") and not of_one_label:
         raise ValueError(
             f"AdaFocalTrainer trains classifiers with one label per sample, found problem_type={problem_type!r}. "
             "Build the model with problem_type='single_label_classification', or use the stock Trainer."
-        )
-    if getattr(config, "num_labels", None) == 1 and "Classification" in name:
-        raise ValueError(
-            "AdaFocalTrainer trains classifiers, and num_labels=1 is a regression head. Build the model with "
-            "num_labels=2 for two classes, or use the stock Trainer."
         )
     _check_padding(model, processing_class)
 
@@ -132,7 +129,7 @@ def check_label_column(name: str, dataset: Any, model: Any = None) -> None:
             f"Labels must be integers, found strings in the column {column!r} of the {name} set. Encode them: "
             f"dataset.class_encode_column({column!r})."
         )
-    if "float" in dtype:
+    if "float" in dtype and (several or not has_single_output(model)):
         what = "a vector of floats per sample (multi-label?)" if several else "floats (regression?)"
         raise ValueError(
             f"Labels must be integer class indices, found {what} in the column {column!r} of the {name} set. If they "
@@ -146,15 +143,16 @@ def check_label_column(name: str, dataset: Any, model: Any = None) -> None:
         )
 
 
-def check_batch(logits: torch.Tensor, labels: Any) -> None:
+def check_batch(logits: torch.Tensor, labels: Any, ignore_index: int = -100) -> None:
     """Check that a batch is one of single-label classification.
 
     Args:
         logits: As the model returns them.
         labels: The batch's labels.
+        ignore_index: Label that does not count.
 
     Raises:
-        ValueError: If labels are no integers, the shapes do not fit, or there is a single logit per sample.
+        ValueError: If labels are no integers, the shapes do not fit, or labels of a single logit are not 0 and 1.
     """
     shape = tuple(logits.shape)
     if not isinstance(labels, torch.Tensor):
@@ -165,11 +163,13 @@ def check_batch(logits: torch.Tensor, labels: Any) -> None:
             "and regression targets have no confidence to calibrate here. Cast classes to int64, or use the stock "
             "Trainer."
         )
-    if logits.ndim < 2 or (shape[1] if logits.ndim >= 4 else shape[-1]) == 1:
+    if logits.ndim < 2:
         raise ValueError(
-            f"Expected one logit per class, found logits of shape {shape}: a regression head, or a binary "
-            "one with a single logit. Give the model two logits for two classes."
+            f"Expected logits with a dimension of classes, which a binary head with a single logit has too, (N, 1), "
+            f"found logits of shape {shape}."
         )
+    if is_single(logits) and labels.device.type == "cpu":
+        check_values(labels.numpy(), 2, ignore_index, "batch (of a model with one logit for two classes)")
     if logits.ndim < 4 and labels.shape != logits.shape[:-1]:
         raise ValueError(
             f"Expected one label for each row of logits {shape}, found labels of shape {tuple(labels.shape)}."

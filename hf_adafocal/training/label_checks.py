@@ -11,7 +11,7 @@ from torch.utils.data import StackDataset, Subset
 from transformers.utils import logging
 
 from hf_adafocal.data.columns import label_column
-from hf_adafocal.training.model_conventions import base_model
+from hf_adafocal.training.model_conventions import base_model, has_single_output
 
 logger = logging.get_logger(__name__)
 
@@ -20,8 +20,10 @@ SHOWN = 5  # labels in a message
 
 
 def num_classes_of(model: Any) -> int | None:
-    """Return the number of classes of a model, by its config; None if the config does not say."""
+    """Return the number of classes of a model, by its config: 2 for a single output; None if it does not say."""
     model = base_model(model)
+    if has_single_output(model):
+        return 2
     name = type(model).__name__
     known = "Classification" in name or "SemanticSegmentation" in name  # num_labels of other models means nothing
     return getattr(getattr(model, "config", None), "num_labels", None) if known else None
@@ -41,12 +43,15 @@ def check_labels(parts: Mapping[str, Any], model: Any, ignore_index: int = -100)
     """
     num_classes = num_classes_of(model)
     found: dict[str, Counter] = {}
+    kinds = "iuf" if has_single_output(model) else "iu"
     for name, part in parts.items():
-        labels = list(_labels(part))
+        labels = list(_labels(part, kinds))
         if labels:
             found[name] = Counter()
             for values in labels:
-                _check(values.ravel(), num_classes, ignore_index, f"{name} set", "rows" if values.ndim == 1 else "")
+                check_values(
+                    values.ravel(), num_classes, ignore_index, f"{name} set", "rows" if values.ndim == 1 else ""
+                )
                 if values.ndim == 1:
                     found[name].update(values[values != ignore_index].tolist())
     train = set(found.get("training", ()))
@@ -82,10 +87,11 @@ class LabelCheck:
 
     def __init__(self, model: Any, ignore_index: int = -100) -> None:
         self.num_classes, self.ignore_index = num_classes_of(model), ignore_index
+        self._floats = has_single_output(model)
         self._seen: set[bool] = set()  # training or evaluation
 
     def __call__(self, labels: Any, training: bool) -> None:
-        """Check the labels of a batch; labels that are no integer tensor are left to `input_checks.check_batch`.
+        """Check the labels of a batch: integers, or floats of a single output; others are left to `check_batch`.
 
         Args:
             labels: Of any shape.
@@ -94,16 +100,31 @@ class LabelCheck:
         Raises:
             ValueError: If a label is no class and not ignored.
         """
-        if not isinstance(labels, torch.Tensor) or labels.is_floating_point():
+        if not isinstance(labels, torch.Tensor) or (labels.is_floating_point() and not self._floats):
             return
         if labels.device.type == "cpu" or training not in self._seen:
             self._seen.add(training)
-            values = labels.detach().flatten().cpu().numpy()
-            _check(values, self.num_classes, self.ignore_index, "batch", "")
+            values = labels.detach().flatten().cpu()
+            values = values.double() if values.is_floating_point() else values
+            check_values(values.numpy(), self.num_classes, self.ignore_index, "batch", "")
 
 
-def _check(labels: np.ndarray, num_classes: int | None, ignore_index: int, where: str, unit: str) -> None:
+def check_values(labels: np.ndarray, num_classes: int | None, ignore_index: int, where: str, unit: str = "") -> None:
+    """Check that labels are classes.
+
+    Args:
+        labels: Of any shape; floats must be whole.
+        num_classes: Of the model; None if unknown.
+        ignore_index: Label that does not count.
+        where: What holds them, for the error.
+        unit: What each stands for, for the error.
+
+    Raises:
+        ValueError: If one is none.
+    """
     wrong = labels < 0 if num_classes is None else (labels < 0) | (labels >= num_classes)
+    if labels.dtype.kind == "f":
+        wrong |= labels != np.floor(labels)
     if not wrong.any():
         return
     bad = labels[wrong]
@@ -123,6 +144,8 @@ def _advice(labels: np.ndarray, bad: np.ndarray, num_classes: int | None, ignore
             f"The label to ignore is {ignore_index} (semantic_loss_ignore_index of the model's config): use one and "
             "the same in labels and config."
         )
+    if num_classes == 2 and (bad != np.floor(bad)).any():
+        return "A head with one output tells two classes apart, 0 and 1; for regression use the stock Trainer."
     if (bad < 0).all():
         return f"Drop what has no label, or label it {ignore_index}, which is ignored."
     if (bad == num_classes).all() and labels.min() == 1:
@@ -136,21 +159,26 @@ def _shown(labels: Counter, unit: str) -> str:
     return f"{text}{', ...' if len(labels) > SHOWN else ''}"
 
 
-def _labels(dataset: Any) -> Iterator[np.ndarray]:
-    """Return the integer labels of a data set in parts: vectors of one label per row, or arrays of more dimensions."""
+def _labels(dataset: Any, kinds: str = "iu") -> Iterator[np.ndarray]:
+    """Return the labels of a data set in parts: vectors of one label per row, or arrays of more dimensions.
+
+    Args:
+        dataset: What holds them.
+        kinds: Letters of the NumPy types that labels may have; of others nothing is returned.
+    """
     if isinstance(dataset, datasets.Dataset):
-        yield from _of_columns(dataset)
+        yield from _of_columns(dataset, kinds)
     elif isinstance(dataset, StackDataset) and isinstance(dataset.datasets, dict):
         labels = dataset.datasets.get("labels")
         if isinstance(labels, torch.Tensor) and not labels.is_floating_point():
             yield labels.numpy()
     elif isinstance(dataset, Subset) and isinstance(dataset.dataset, list | tuple):
-        yield from _of_rows([dataset.dataset[index] for index in dataset.indices])
+        yield from _of_rows([dataset.dataset[index] for index in dataset.indices], kinds)
     elif isinstance(dataset, list | tuple):
-        yield from _of_rows(dataset)
+        yield from _of_rows(dataset, kinds)
 
 
-def _of_columns(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
+def _of_columns(dataset: datasets.Dataset, kinds: str) -> Iterator[np.ndarray]:
     name = label_column(dataset)
     if name is None or dataset.format["type"] == "custom":  # a transform may change the labels
         return
@@ -158,7 +186,8 @@ def _of_columns(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
     lists = 0
     while hasattr(feature, "feature"):
         feature, lists = feature.feature, lists + 1
-    if not str(getattr(feature, "dtype", "")).startswith(("int", "uint")):
+    dtypes = ("int", "uint", "float") if "f" in kinds else ("int", "uint")
+    if not str(getattr(feature, "dtype", "")).startswith(dtypes):
         return
     for batch in dataset.select_columns([name]).with_format("arrow").iter(ROWS_AT_ONCE):
         column = batch[name].combine_chunks()
@@ -170,12 +199,12 @@ def _of_columns(dataset: datasets.Dataset) -> Iterator[np.ndarray]:
         yield values[:, None] if lists else values
 
 
-def _of_rows(rows: Any) -> Iterator[np.ndarray]:
+def _of_rows(rows: Any, kinds: str) -> Iterator[np.ndarray]:
     name = label_column(rows)
     if name is None:
         return
     values = [np.asarray(row[name]) for row in rows if name in row]
-    if any(value.dtype.kind not in "iu" for value in values):
+    if any(value.dtype.kind not in kinds for value in values):
         return  # each batch is checked
     if all(value.ndim == 0 for value in values):
         yield np.asarray(values)

@@ -30,11 +30,13 @@ class ModelConventions:
         shifts_labels: Logits at position i predict the label at i + 1, as in causal language models.
         decoder_inputs: Makes decoder inputs from labels, as encoder-decoders do inside their forward pass; or None.
         ignore_index: Label that the model's own loss ignores.
+        single_output: The one logit is that of the positive one of two classes; labels may be the floats 0.0 and 1.0.
     """
 
     shifts_labels: bool = False
     decoder_inputs: Any = None
     ignore_index: int = DEFAULT_IGNORE_INDEX
+    single_output: bool = False
 
     @classmethod
     def of(cls, model: Any) -> "ModelConventions":
@@ -51,6 +53,7 @@ class ModelConventions:
             shifts_labels=causal and not encoder_decoder,
             decoder_inputs=getattr(model, "prepare_decoder_input_ids_from_labels", None) if encoder_decoder else None,
             ignore_index=ignore_index if segments else DEFAULT_IGNORE_INDEX,
+            single_output=has_single_output(model),
         )
 
     def inputs(self, batch: Mapping[str, Any]) -> dict[str, Any]:
@@ -64,9 +67,18 @@ class ModelConventions:
         """Return labels aligned with the logits that predict them, in the labels' shape."""
         if "shift_labels" in batch:  # of a collator that packs sequences
             return batch["shift_labels"]
+        if self.single_output and isinstance(batch["labels"], Tensor) and batch["labels"].is_floating_point():
+            return batch["labels"].long()  # `label_checks` has seen that they are 0.0 and 1.0
         if not self.shifts_labels:
             return batch["labels"]
         return F.pad(batch["labels"], (0, 1), value=ignore_index)[..., 1:]
+
+
+def has_single_output(model: Any) -> bool:
+    """Return whether a classifier has a single output, `num_labels=1`, as rerankers have."""
+    model = base_model(model)
+    one = getattr(getattr(model, "config", None), "num_labels", None) == 1
+    return one and any(task in type(model).__name__ for task in ("Classification", "SemanticSegmentation"))
 
 
 def base_model(model: Any) -> Any:
@@ -117,8 +129,8 @@ class FurtherTerms:
         """
         self.looked = True
         inner = base_model(model)
-        if "labels" not in inspect.signature(inner.forward).parameters:
-            return
+        if "labels" not in inspect.signature(inner.forward).parameters or has_single_output(model):
+            return  # the own loss of a single output would be one of regression
         with torch.no_grad(), evaluating(model), random_state_kept():  # without dropout the two can be compared
             outputs = model(**batch)
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else None

@@ -23,7 +23,7 @@ from hf_adafocal.losses.torch_losses import as_classification_loss
 from hf_adafocal.preserved_state import random_state_kept
 from hf_adafocal.training.arguments import DEFAULT_BINS, AdaFocalTrainingArguments
 from hf_adafocal.training.input_checks import SAMPLES_PER_BIN
-from hf_adafocal.training.model_conventions import ModelConventions
+from hf_adafocal.training.model_conventions import ModelConventions, has_single_output
 from hf_adafocal.training.sample_rows import is_lower_better
 
 logger = logging.get_logger(__name__)
@@ -203,6 +203,7 @@ def build_run_loss(args: TrainingArguments, model: Any, train_dataset: Any = Non
     if weights is None:
         return args.build_loss(ignore_index=ignore_index)
     num_classes = getattr(getattr(model, "config", None), "num_labels", None)
+    num_classes = 2 if has_single_output(model) else num_classes
     if weights == "balanced":
         if num_classes is None:
             raise ValueError("class_weights='balanced' needs a model with config.num_labels. Pass a number per class.")
@@ -226,7 +227,9 @@ def _labels(dataset: Any) -> Iterator[Any]:
         )
     stored = dataset.with_format(None) if hasattr(dataset, "with_format") else dataset
     with random_state_kept():
-        yield from (np.asarray(stored[index][name]) for index in range(len(stored)))
+        for index in range(len(stored)):
+            labels = np.asarray(stored[index][name])
+            yield labels.astype(np.int64) if labels.dtype.kind == "f" else labels  # of a single output, checked
 
 
 def with_direction_of_best_metric(args: TrainingArguments) -> TrainingArguments:

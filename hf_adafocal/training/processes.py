@@ -63,6 +63,12 @@ class DataProcesses:
             return gathered
         return torch.cat(gathered.split(len(rows))[:: self._group_size])  # of the first process of each group
 
+    def widened(self, rows: Tensor, fill: float) -> Tensor:
+        """Pad the last dimension of rows with `fill` to the width that the widest process has."""
+        if self.count == 1:
+            return rows
+        return self.accelerator.pad_across_processes(rows, dim=rows.ndim - 1, pad_index=fill)
+
     def sum(self, values: Tensor) -> Tensor:
         """Add up a tensor over all groups; the sum is the same on every process."""
         if self.count == 1:

@@ -5,11 +5,12 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from transformers.utils import logging
 
-from hf_adafocal.losses.layout import classes_last
-from hf_adafocal.scaling.grid import SumsOnGrid, best_temperature
+from hf_adafocal.losses.layout import classes_last, is_single
+from hf_adafocal.scaling.grid import SumsOnGrid, best_temperature, joined
 from hf_adafocal.training.collectors import Collector, HistogramCollector, SampleCollector
 from hf_adafocal.training.processes import DataProcesses
 from hf_adafocal.training.sample_rows import IGNORED, check_counts, sample_rows
@@ -33,7 +34,8 @@ class EvaluationRecorder:
         active: An evaluation is under way.
         samples: Results of the last evaluation under each prefix.
         calibration: Results of the last evaluation of the calibration set; None if it found no labelled sample.
-        num_classes: Of the logits seen last.
+        num_classes: Most of the logits seen so far.
+        single_output: The logits seen last were single ones, of two classes.
         keep_logits: Keep the logits of the evaluations that begin from now on.
         logits: Logits `(n, C)` and labels `(n,)` that the last evaluation kept, of counted samples; None if it kept
             none, or there were more than `MOST_LOGITS` numbers.
@@ -48,6 +50,7 @@ class EvaluationRecorder:
         self.samples: dict[str, Collector] = {}
         self.calibration: Collector | None = None
         self.num_classes: int | None = None
+        self.single_output = False
         self._seen_classes = SeenClasses()
         self._of_calibration = False
         self.keep_logits = False
@@ -74,9 +77,10 @@ class EvaluationRecorder:
         Returns:
             `sample_rows` of the batch, padding included.
         """
+        self.single_output = is_single(logits)
         logits = classes_last(logits.detach(), labels)
         rows = sample_rows(logits, labels, self.ignore_index)
-        self.num_classes = logits.shape[-1]
+        self.num_classes = max(self.num_classes or 0, logits.shape[-1])
         own = self.processes.without_padding(labels, self.ignore_index)
         if self._of_calibration:
             self._seen_classes.add(own, logits.shape[-1])
@@ -113,8 +117,8 @@ class EvaluationRecorder:
             config: Of the model, for the names of classes that the calibration set lacks.
 
         Returns:
-            Metrics without the prefix; of the calibration set also `temperature`, the best one, and `refinement`, the
-            NLL at that temperature.
+            Metrics without the prefix; of single logits also `binary_metrics`; of the calibration set also
+            `temperature`, the best one, and `refinement`, the NLL at that temperature.
 
         Raises:
             ValueError: If a logit was not finite or no label counts.
@@ -127,9 +131,11 @@ class EvaluationRecorder:
         check_counts(len(collected), collected.not_finite, f"{prefix!r} set", self.ignore_index)
         self.samples[prefix] = collected
         if self._kept:
-            kept = torch.cat(self._kept)
-            self.logits = kept[:, :-1].numpy(), kept[:, -1].long().numpy()
+            kept = joined(self._kept)
+            self.logits = kept[:, 1:].numpy(), kept[:, 0].long().numpy()
         metrics = collected.metrics(self.num_bins)
+        if self.single_output:
+            metrics |= collected.binary_metrics(self.num_bins)
         if self._of_calibration:
             self.calibration = collected
         if self._of_calibration and (sums := self._grid.total()) is not None:
@@ -148,9 +154,10 @@ class EvaluationRecorder:
             self._kept = None
             return
         wide = torch.promote_types(logits.dtype, torch.float32)
-        rows = torch.cat([logits.to(wide), labels[..., None].to(wide)], dim=-1)
+        rows = torch.cat([labels[..., None].to(wide), logits.to(wide)], dim=-1)
+        rows = self.processes.widened(rows, -torch.inf)  # batches of several processes may differ in their options
         rows = self._gathered(rows).reshape(-1, rows.shape[-1]).cpu()
-        self._kept.append(rows[(rows[:, -1] != self.ignore_index) & (rows[:, -1] != IGNORED)])
+        self._kept.append(rows[(rows[:, 0] != self.ignore_index) & (rows[:, 0] != IGNORED)])
 
     def _new_collector(self, labels: Tensor) -> Collector:
         positions = labels.numel() // max(len(labels), 1)
@@ -196,20 +203,22 @@ class SeenClasses:
     def add(self, labels: Tensor, num_classes: int) -> None:
         """Note the labels of a batch of this process."""
         if not self._done:
-            seen = torch.isin(torch.arange(num_classes, device=labels.device), labels)
-            self._seen = seen if self._seen is None else self._seen | seen
+            most = max(num_classes, 0 if self._seen is None else len(self._seen))
+            seen = torch.isin(torch.arange(most, device=labels.device), labels)
+            self._seen = seen if self._seen is None else F.pad(self._seen, (0, most - len(self._seen))) | seen
 
     def warn_of_missing(self, processes: DataProcesses, config: Any) -> None:
         """Once, over all processes, name the classes without a sample."""
         if self._done or self._seen is None:
             return
-        seen = processes.gather(self._seen[None].int()).any(0)
+        seen = processes.gather(processes.widened(self._seen[None].int(), 0)).any(0)
         self._done, self._seen = True, None
         missing = (~seen).nonzero().flatten().tolist()
         if missing and len(seen) != getattr(
             config, "vocab_size", None
         ):  # words that are not predicted are no surprise
             names = getattr(config, "id2label", None) or {}
+            names = names if len(names) == len(seen) else {}  # a single output has one name for two classes
             shown = ", ".join(f"{index} ({names[index]})" if index in names else str(index) for index in missing[:10])
             logger.warning(
                 f"No sample of the calibration set has the label {shown}{', ...' if len(missing) > 10 else ''} "

@@ -109,6 +109,20 @@ def sample_metrics(rows: np.ndarray, num_bins: int = 15) -> dict[str, float]:
     }
 
 
+def binary_metrics(rows: np.ndarray, num_bins: int = 15) -> dict[str, float]:
+    """Compute `binary_ece` and `binary_ada_ece` of the counted rows of a two-class model, shape `(n, 5)`.
+
+    They compare the probability of class 1 with its frequency, as calibration of binary classifiers is reported (Platt
+    1999; scikit-learn, torchmetrics); `ece` and `ada_ece` ask how often the more likely class is right.
+    """
+    confidence, correct, _, predicted, _ = rows.T
+    p, positive = np.where(predicted == 1, confidence, 1 - confidence), predicted == correct
+    return {
+        "binary_ece": calibration_error(p, positive, num_bins),
+        "binary_ada_ece": calibration_error(p, positive, num_bins, scheme="equal_mass"),
+    }
+
+
 def equal_mass_statistics(rows: np.ndarray, num_bins: int = 15, num_classes: int | None = None) -> BinStats:
     """Bin counted rows, shape `(n, 5)`, into bins of equal mass: the edges and gaps that AdaFocal updates with.
 

@@ -66,13 +66,13 @@ class AdaFocalTrainer(SearchingTrainer):
     Args:
         model: As in `Trainer`; its output has `logits`, shape `(N, C)`; `(N, L, C)` for token classification and
             language models; or `(N, C, d1, d2, ...)` for segmentation, resized to the labels as transformers' own
-            losses do. Each token or pixel counts as a sample unless its label is the ignore index.
+            losses do. Each token or pixel counts as a sample unless its label is the ignore index. With C = 1 the
+            logit is that of the positive class of two (rerankers), and labels are 0 and 1.
         args: `AdaFocalTrainingArguments`, or plain `TrainingArguments` for AdaFocal with the paper's settings.
         train_dataset, eval_dataset: As in `Trainer`.
         calibration_dataset: Held-out data that moves the loss. Left out, it is the part of `train_dataset` that
             `calibration_fraction` asks for, else `eval_dataset` (of a dict, the entry "calibration"), else a tenth of
-            `train_dataset`. If it is the evaluation set nothing is computed twice. Training rows that also stand in it
-            are dropped (`split_overlap` of the arguments).
+            `train_dataset`. Training rows that also stand in it are dropped (`split_overlap` of the arguments).
         loss: A loss module to use instead of the one `args` describe.
         **kwargs: Every other argument of `Trainer`.
 
@@ -93,9 +93,8 @@ class AdaFocalTrainer(SearchingTrainer):
     >>> config = GlobalPoolingCNNConfig(vocab_size=200, embedding_size=4, num_filters=4, hidden_size=4, num_labels=2)
     >>> rows = [{"input_ids": [1 + i] * 30, "labels": i % 2} for i in range(120)]
     >>> args = AdaFocalTrainingArguments(mkdtemp(), num_train_epochs=2, use_cpu=True, report_to=[])
-    >>> trainer = AdaFocalTrainer(
-    ...     GlobalPoolingCNNForSequenceClassification(config), args, train_dataset=rows[:60], eval_dataset=rows[60:]
-    ... )
+    >>> model = GlobalPoolingCNNForSequenceClassification(config)
+    >>> trainer = AdaFocalTrainer(model, args, train_dataset=rows[:60], eval_dataset=rows[60:])
     >>> _ = trainer.train()
     {...
     >>> trainer.adaptive_callback.updates
@@ -221,14 +220,14 @@ class AdaFocalTrainer(SearchingTrainer):
                 "strings are dropped by the collator: encode them as integers."
             )
         targets = self.conventions.targets(inputs, self.ignore_index)
-        self.check_labels(targets, model.training)
+        self.check_labels(inputs["labels"] if self.conventions.single_output else targets, model.training)
         if model.training and not self._further_terms.looked and not self.is_fsdp_enabled:
             with self.compute_loss_context_manager():
                 self._further_terms.check(self.network, inputs, targets)
         kept = model.training and self._further_terms.found
         outputs = model(**inputs) if kept else model(**self.conventions.inputs(inputs))
         logits = logits_of(outputs, type(self.model).__name__)
-        check_batch(logits, targets)
+        check_batch(logits, targets, self.ignore_index)
         self.batch_recorded = True
         if model.training:
             loss = self._training_loss(logits, targets, num_items_in_batch)

@@ -14,10 +14,11 @@ from sample_report import MODEL, SUPPORTED, predictions, report
 from tiny import bert
 from transformers.modelcard import TrainingSummary
 
+from hf_adafocal.metrics.scores import calibration_report, softmax
 from hf_adafocal.report.card import END, START, StaleReportError, is_stale, model_card, without_report, write_card
 from hf_adafocal.report.facts import DataSource, ModelFacts
 from hf_adafocal.report.measurement import Collected, PerSample
-from hf_adafocal.report.schema import build_report
+from hf_adafocal.report.schema import Report, build_report
 from hf_adafocal.report.stock_card import is_stock, without_stock
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.scaling.fit import Scaling
@@ -167,6 +168,19 @@ class TestText:
     )
     def test_it_says_what_was_fitted_and_whether_it_is_part_of_the_checkpoint(self, facts, sentence):
         assert sentence in card(report(**facts)).text
+
+    def test_of_a_temperature_that_is_not_folded_it_says_what_a_server_must_be_told(self):
+        found = report()
+        told = found.to_dict()["test"]["pooler"]
+        assert told == {"logit_mean": 0.0, "logit_sigma": 2.5} and Report.from_dict(found.to_dict()).pooler == told
+        logits, labels = predictions()
+        served = softmax((logits - told["logit_mean"]) / told["logit_sigma"])
+        assert calibration_report(served, labels)["nll"] == pytest.approx(found.test.temperature_scaled["nll"])
+        assert """`--pooler-config '{"logit_mean": 0.0, "logit_sigma": 2.5}'`""" in card(found).text
+        image = replace(found, model=replace(MODEL, task="image-classification"))
+        vector = report(scaling=Scaling((0.3,) * 4, (0.1, 0.0, 0.0, 0.0), 1.5, 1.2, 300))
+        for other in (report(folded=True), report(scaling=None), image, vector):
+            assert other.pooler is None and "pooler" not in other.to_dict()["test"] and "vLLM" not in card(other).text
 
     def test_a_better_baseline_is_named_with_the_decision_it_asks_for(self):
         base = report().test.raw

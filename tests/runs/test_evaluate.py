@@ -158,7 +158,7 @@ class TestScaleCheckpoint:
         assert not (tmp_path / "twice").exists()
 
     def test_an_unknown_method_is_an_error(self, run, tmp_path):
-        with pytest.raises(ValueError, match="method must be one of temperature, vector; found 'isotonic'"):
+        with pytest.raises(ValueError, match="method must be one of temperature, platt, vector; found 'isotonic'"):
             scale_checkpoint(task(run[0]), tmp_path, method="isotonic")
 
 

@@ -1,6 +1,7 @@
 """A causal language model with LoRA as a classifier: from the command line to a checkpoint that a pipeline loads."""
 
 import json
+import runpy
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import tiny
 import torch
 from datasets import Dataset, load_dataset
 from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
     LlamaConfig,
     LlamaForSequenceClassification,
     LlamaModel,
@@ -19,12 +22,11 @@ from transformers import (
 )
 
 from hf_adafocal import AdaFocalTrainer
-from hf_adafocal.metrics.scores import calibration_report
+from hf_adafocal.metrics.scores import calibration_report, softmax
 from hf_adafocal.models import train_word_level_tokenizer
 from hf_adafocal.report.files import read_report
 from hf_adafocal.report.weights import weights_hash
 from hf_adafocal.runs.arguments import parse_arguments
-from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.lora import LoraTask, merge_adapter, padding_of
 from hf_adafocal.scaling import recorded_scaling
 
@@ -41,6 +43,7 @@ SIZES = {
     "max_position_embeddings": 64,
     "head_dim": 16,
 }
+SCRIPT = Path(__file__).parents[2] / "scripts" / "train_lora.py"
 MODELS = {"llama": (LlamaModel, LlamaConfig), "qwen3": (Qwen3Model, Qwen3Config)}
 TOPICS = ["space", "motor", "faith"]
 
@@ -83,9 +86,10 @@ def line(folder: Path, kind: str = "llama") -> list[str]:
 
 @pytest.fixture(scope="module", params=MODELS)
 def run(request, tmp_path_factory):
+    """A run of the script: its folder, its report, and the merged checkpoint."""
     folder = tmp_path_factory.mktemp(request.param)
-    report = finetune(*parse_arguments(LoraTask, line(folder, request.param)))
-    return folder, report, merge_adapter(folder / "run", folder / "run" / "merged")
+    runpy.run_path(str(SCRIPT))["main"](line(folder, request.param))
+    return folder, read_report(folder / "run"), folder / "run" / "merged"
 
 
 class TestTheRun:
@@ -116,9 +120,42 @@ class TestTheRun:
         assert config["pad_token_id"] == 2 and not (merged / "adapter_config.json").exists()
         assert ("adafocal_calibration" in config) == bool(report.folded)
 
+    def test_so_does_onnx_runtime(self, run):
+        onnxruntime = pytest.importorskip("onnxruntime")
+        pytest.importorskip("onnxscript")
+        folder, report, merged = run
+        model = AutoModelForSequenceClassification.from_pretrained(merged, attn_implementation="eager").eval()
+        tokenizer = AutoTokenizer.from_pretrained(merged)
+        test = load_dataset("parquet", data_files=str(folder / "data" / "test.parquet"))["train"]
+        ids = tokenizer(list(test["text"]), padding=True, return_tensors="pt")
+        given, file = (ids["input_ids"], ids["attention_mask"]), str(folder / "model.onnx")
+
+        class Logits(torch.nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.model = model
+
+            def forward(self, input_ids, attention_mask):
+                return self.model(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).logits
+
+        torch.onnx.export(Logits().eval(), given, file, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+        names = [found.name for found in session.get_inputs()]
+        (logits,) = session.run(None, dict(zip(names, (part.numpy() for part in given), strict=True)))
+        found = calibration_report(softmax(logits.astype(float)), np.asarray(test["label"][:]))
+        for name in ("accuracy", "nll", "ece"):
+            assert found[name] == pytest.approx(report.metrics[name], abs=1e-5), name
+
     def test_a_folder_without_an_adapter_is_refused(self, run):
         with pytest.raises(ValueError, match="found no adapter_config.json"):
             merge_adapter(run[2], run[0] / "other")
+
+
+def test_four_bits_spare_the_head(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    found = LoraTask(model_name_or_path="x", load_in_4bit=True).loading["quantization_config"]
+    assert found.load_in_4bit and found.bnb_4bit_quant_type == "nf4"
+    assert found.bnb_4bit_compute_dtype == torch.bfloat16 and "score" in found.llm_int8_skip_modules
 
 
 class TestWhatIsRefused:

@@ -306,7 +306,7 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "found"),
         [
-            ({"num_labels": 1}, "num_labels 1"),
+            ({"num_labels": 1, "problem_type": "regression"}, "num_labels 1 and problem_type regression"),
             ({"problem_type": "regression"}, "problem_type regression"),
             ({"problem_type": "multi_label_classification"}, "problem_type multi_label_classification"),
         ],

@@ -30,6 +30,20 @@ class TestInterleaved:
         assert found == {"base": (2, 1), "other": (3, 3)}  # ratios 3, 1, 5
 
 
+class TestTokens:
+    def test_the_table_names_both_losses_and_adafocal_holds_no_more_memory(self, benchmark, capsys, monkeypatch):
+        pytest.importorskip("trl", reason="trl is the extra `sft`")
+        monkeypatch.syspath_prepend(str(SCRIPT.parent))
+        from benchmark_tokens import benchmark_tokens
+
+        benchmark_tokens("cpu", 1, 64, benchmark.peak_bytes, (500, 900))
+        rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()][2:]
+        assert [(row[0].strip(), row[1].strip()) for row in rows] == [
+            (f"64 x {size}", loss) for size in (500, 900) for loss in ("cross_entropy", "adafocal")
+        ]
+        assert all(float(row[5]) < 1.05 for row in rows)
+
+
 class TestTrainer:
     def test_the_tables_name_every_trainer_and_calibration_holds_under_48_bytes_a_sample(self, benchmark, capsys):
         benchmark.benchmark_trainer("cpu", rounds=1)

@@ -299,7 +299,8 @@ class TestModels:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"num_labels": 1}, "num_labels=1 is a regression head.*num_labels=2"),
+            ({"num_labels": 1}, r"labels that are no classes of the model \(0 to 1\): 2 \(16 rows\)"),
+            ({"num_labels": 1, "problem_type": "regression"}, "found problem_type='regression'"),
             ({"problem_type": "regression"}, "found problem_type='regression'"),
             ({"problem_type": "multi_label_classification"}, "found problem_type='multi_label_classification'"),
         ],
@@ -311,11 +312,14 @@ class TestModels:
     def test_a_single_label_head_may_say_so(self, tmp_path):
         tiny.trainer(tmp_path, tiny.bert(problem_type="single_label_classification"))
 
-    @pytest.mark.parametrize("shape", [(-1, 1), (-1,)])
-    def test_a_single_logit_without_a_config_is_refused_at_the_first_batch(self, tmp_path, shape):
+    @pytest.mark.parametrize(
+        ("shape", "message"),
+        [((-1, 1), r"of a model with one logit for two classes.*: 2\."), ((-1,), r"a dimension of classes.*\(N, 1\)")],
+    )
+    def test_a_single_logit_without_a_config_is_for_two_classes(self, tmp_path, shape, message):
         class Single(FirstToken):
             def forward(self, input_ids, labels=None):
                 return {"logits": super().forward(input_ids)["logits"][:, 0].reshape(shape)}
 
-        with pytest.raises(ValueError, match=r"Expected one logit per class, found logits of shape \(8,"):
-            still(tmp_path, rows([30], [0]), Single()).train()
+        with pytest.raises(ValueError, match=message):
+            still(tmp_path, rows([30, 31, 32, 33], [0, 1, 2, 3]), Single()).train()

@@ -1,5 +1,6 @@
 """AdaFocal over tokens through TRL: the loss of whole logits, gamma that moves, the calibration of answers."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import debug_launcher
 from datasets import Dataset
 from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM, set_seed
 
@@ -122,6 +124,44 @@ class TestLoss:
             run.train()
             steps.append(weights(run.model) - weights(llama()))
         assert (steps[0] - steps[1]).norm() / steps[0].norm() < 1e-5
+
+
+def train(folder, batch_size, processes):
+    """Two epochs of 32 texts, two updates of gamma; write what this process ended with."""
+    torch.set_num_threads(1)
+    run = trainer(
+        folder, llama().double(), AdaFocalLoss(num_bins=5), train=texts(32, 0), held_out=texts(21, 1),
+        eval_strategy="epoch", per_device_train_batch_size=batch_size, per_device_eval_batch_size=batch_size,
+        optim="sgd", learning_rate=0.1,
+    )  # fmt: skip
+    assert run.args.world_size == processes
+    run.train()
+    found = run.evaluate()
+    result = {name: found[f"eval_{name}"] for name in ("accuracy", "nll", "brier", "ece", "ada_ece")}
+    result |= {
+        "weights": weights(run.model).tolist(),
+        "table": run.loss.table(),
+        "moved": run.adaptive_callback.updates,
+    }
+    (folder / f"rank-{run.args.process_index}.json").write_text(json.dumps(result))
+
+
+class TestTwoProcesses:
+    def test_they_have_one_table_the_metrics_and_the_weights_of_one_process(self, tmp_path):
+        one, two = tmp_path / "one", tmp_path / "two"
+        for folder in (one, two):
+            folder.mkdir()
+        debug_launcher(train, args=(two, 4, 2), num_processes=2)
+        train(one, 8, 1)
+        expected, first, second = (
+            json.loads((folder / f"rank-{rank}.json").read_text()) for folder, rank in ((one, 0), (two, 0), (two, 1))
+        )
+        assert first == second and first["moved"] == expected["moved"] == 2
+        assert np.ptp(first["table"]["gammas"]) > 0
+        for name, values in expected.pop("table").items():
+            np.testing.assert_allclose(first["table"][name], values, rtol=0, atol=1e-5)
+        for name, value in expected.items():
+            np.testing.assert_allclose(first[name], value, rtol=0, atol=1e-5, err_msg=name)
 
 
 class TestTraining:
