@@ -168,6 +168,7 @@ def _parser() -> argparse.ArgumentParser:
         "hf-adafocal card runs/vision --repo-id me/digits --license apache-2.0",
     )  # fmt: skip
     card.add_argument("folder", type=Path)
+    card.add_argument("--title", help="first heading of the card (default: as it is; of a new one the folder's name)")
     card.add_argument("--repo-id", help="Hub repository of the checkpoint, namespace/name")
     card.add_argument("--license", help="licence of the checkpoint, as the Hub spells it")
     card.add_argument("--language", help="language of the data, as the Hub codes it")
@@ -317,8 +318,11 @@ def _card(options: argparse.Namespace, rest: list[str]) -> int:
     report = read_report(options.folder)
     if report is None:
         raise ValueError(f"{options.folder} holds no {FILE}; run `hf-adafocal evaluate` first.")
-    names = ("repo_id", "license", "language", "base_model", "datasets", "tags")
-    print(write_card(options.folder, report, **{name: getattr(options, name) for name in names}))
+    names = ("title", "repo_id", "license", "language", "base_model", "datasets", "tags")
+    given = {name: getattr(options, name) for name in names}
+    if options.repo_id is not None:
+        given["name"] = options.repo_id.rpartition("/")[2]
+    print(write_card(options.folder, report, **given))
     if options.benchmark_task:
         from hf_adafocal.report.eval_results import write_eval_results
 

@@ -57,7 +57,9 @@ class TestCommands:
         folder, _ = run
         readme = folder / "README.md"
         readme.write_text(readme.read_text() + "\n## Ours\n")
-        assert cli.main(["card", str(folder), "--repo-id", "me/digits", "--license", "mit"]) == 0
+        line = ["card", str(folder), "--repo-id", "me/digits", "--license", "mit", "--title", "Digits, small"]
+        assert cli.main(line) == 0
+        assert readme.read_text().split("\n---\n")[1].lstrip().startswith("# Digits, small\n\n<!-- calibration report")
         assert readme.read_text().endswith("## Ours\n") and 'model="me/digits"' in readme.read_text()
         assert ModelCard.load(readme).data.license == "mit"
 

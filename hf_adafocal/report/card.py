@@ -90,6 +90,7 @@ def model_card(
     report: Report,
     *,
     name: str,
+    title: str | None = None,
     repo_id: str | None = None,
     existing: str | None = None,
     pictures: Sequence[str] = (),
@@ -103,7 +104,8 @@ def model_card(
 
     Args:
         report: As `build_report` makes it.
-        name: Title of a new card.
+        name: Of the model.
+        title: First heading of the card; of a new card the name if left out.
         repo_id: Where the checkpoint is going to live, for the example; else the name.
         existing: Text of the card there is. A block of ours in it is replaced, what the Trainer generated is removed;
             a card that a person wrote gets the block at its end.
@@ -130,14 +132,16 @@ def model_card(
     _merge_metadata(data, report, name, stock)
     block = f"{START}\n\n{_block(report, repo_id or name, pictures)}\n\n{END}"
     text = without_stock(card.text)
+    if title is not None:
+        text = f"# {escape(title)}\n" + re.sub(r"\A\s*# .*\n", "", text)
     if START in text and END in text:
         before, after = _around(text)
         text = before + block + after
     elif stock:
-        title, _, rest = text.lstrip().partition("\n")
-        if not title.startswith("# "):
-            title, rest = f"# {escape(name)}", text
-        text = f"{title}\n\n{block}\n" + (f"\n{rest.strip()}\n" if rest.strip() else "")
+        heading, _, rest = text.lstrip().partition("\n")
+        if not heading.startswith("# "):
+            heading, rest = f"# {escape(name)}", text
+        text = f"{heading}\n\n{block}\n" + (f"\n{rest.strip()}\n" if rest.strip() else "")
     else:
         text = f"{text.rstrip()}\n\n{block}\n"
     return _assembled(data, text)
