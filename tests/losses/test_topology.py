@@ -235,9 +235,9 @@ class TestTopologicalFocal:
         loss.progress = 0.25
         assert loss(logits, labels) == whole != base
 
-    def test_by_default_it_starts_in_the_middle_of_the_run_with_weight_0_01(self):
+    def test_by_default_it_starts_in_the_middle_of_the_run_with_weight_0_001(self):
         loss = CombinedLoss("topological_focal")
-        assert (loss.start, loss.auxiliary_weight, loss.progress) == (0.5, 0.01, 1.0)
+        assert (loss.start, loss.auxiliary_weight, loss.progress) == (0.5, 0.001, 1.0)
         assert CombinedLoss("topological_focal", start=1).start == 1
 
     def test_adafocal_as_its_base_adapts(self):
