@@ -102,9 +102,33 @@ class TestClasswiseAdaFocalLoss:
     def test_without_statistics_of_classes_only_the_shared_table_moves_and_a_warning_says_so(self):
         loss_fn, statistics = self.updated()
         before = loss_fn.gammas.clone(), loss_fn.class_gammas.clone()
-        with pytest.warns(UserWarning, match="only the table that all classes share moves"):
-            loss_fn.update(statistics.edges, statistics.gap)
+        for half in ({}, {"class_gap": statistics.class_gap}, {"class_counts": statistics.class_counts}):
+            with pytest.warns(UserWarning, match="only the table that all classes share moves"):
+                loss_fn.update(statistics.edges, statistics.gap, **half)
         assert not torch.equal(loss_fn.gammas, before[0]) and torch.equal(loss_fn.class_gammas, before[1])
+
+    def test_an_ignored_label_has_no_table_and_counts_for_nothing(self):
+        loss_fn, _ = self.updated(reduction="none")
+        logits, labels = torch.randn(4, 3), torch.tensor([0, -100, 1, 2])
+        kept = labels != -100
+        assert loss_fn(logits, labels)[1] == 0
+        assert torch.equal(loss_fn(logits, labels)[kept], loss_fn(logits[kept], labels[kept]))
+
+    def test_logits_without_a_class_dimension_are_an_error(self):
+        with pytest.raises(ValueError, match=r"found \(3,\) and \(\)"):
+            self.updated()[0](torch.randn(3), torch.tensor(0))
+
+    def test_a_table_without_classes_makes_it_adafocal_again(self):
+        loss_fn, statistics = self.updated()
+        loss_fn.set_table(statistics.edges, [2.0] * 5)
+        assert loss_fn.table()["class_gammas"] == [] == loss_fn.table()["class_counts"]
+
+    def test_a_table_of_tensors_is_copied(self):
+        loss_fn, statistics = self.updated()
+        own, counts = torch.ones(3, 5), torch.ones(3)
+        loss_fn.set_table(statistics.edges, [1.0] * 5, own, counts)
+        own[:], counts[:] = 2, 2
+        assert loss_fn.class_gammas.eq(1).all() and loss_fn.class_counts.eq(1).all()
 
     def test_own_tables_begin_where_the_shared_one_is(self):
         loss_fn, statistics = ClasswiseAdaFocalLoss(5), class_statistics(5)
@@ -415,6 +439,11 @@ class TestAdaFocalLoss:
     def test_an_initial_gamma_outside_the_range_is_an_error(self, gamma_initial):
         with pytest.raises(ValueError, match=r"gamma_initial must lie in \[-2.0, 20.0\]"):
             AdaFocalLoss(gamma_initial=gamma_initial)
+
+    @pytest.mark.parametrize("setting", [{"lambda_": -1.0}, {"switch": -0.1}, {"gamma_min": -math.inf}])
+    def test_a_setting_of_the_rule_that_is_no_finite_number_from_its_lowest_on_is_an_error(self, setting):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} must be a finite number"):
+            AdaFocalLoss(**setting)
 
     def test_no_bin_is_an_error(self):
         with pytest.raises(ValueError, match="num_bins must be at least 1, found 0"):

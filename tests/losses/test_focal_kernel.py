@@ -58,6 +58,7 @@ class TestWrittenSlope:
         if kind != "function":  # which carries no gradient by itself
             assert torch.autograd.gradcheck(lambda z: focal(z, labels, gamma, -100), logits)
             assert torch.autograd.gradgradcheck(lambda z: focal(z, labels, gamma, -100), logits)
+            assert torch.autograd.gradgradcheck(lambda z: focal(z, labels, gamma, -100, True), logits)
 
     def test_transformed_functions_agree(self, kind):
         (logits, labels), gamma = batch(), KINDS[kind]
