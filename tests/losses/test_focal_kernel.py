@@ -55,10 +55,12 @@ class TestWrittenSlope:
         torch.testing.assert_close(
             third(focal(logits, labels, gamma, -100)), third(by_autograd(logits, labels, gamma))
         )
+        torch.testing.assert_close(
+            third(focal(logits, labels, gamma, -100, True)), third(by_autograd(logits, labels, gamma))
+        )
         if kind != "function":  # which carries no gradient by itself
             assert torch.autograd.gradcheck(lambda z: focal(z, labels, gamma, -100), logits)
             assert torch.autograd.gradgradcheck(lambda z: focal(z, labels, gamma, -100), logits)
-            assert torch.autograd.gradgradcheck(lambda z: focal(z, labels, gamma, -100, True), logits)
 
     def test_transformed_functions_agree(self, kind):
         (logits, labels), gamma = batch(), KINDS[kind]

@@ -334,6 +334,8 @@ class TestBinStatistics:
         found = histogram((confidence, correct)).bin_statistics(72_000)
         expected = bin_statistics(confidence, correct, equal_width_edges(72_000))
         assert (found.count == expected.count).all()
+        edge = [1 / 72_000, np.nextafter(1 / 72_000, 1)]
+        assert histogram((edge, [1, 1])).bin_statistics(72_000).count[:3].tolist() == [1, 1, 0]
 
 
 class TestEqualMassStatistics:
