@@ -10,6 +10,7 @@ from hf_adafocal.data.volumes import synthetic_volumes
 
 class TestSyntheticVolumes:
     @pytest.mark.parametrize("construction", ["V", "T"])
+    @pytest.mark.slow
     def test_the_betti_numbers_are_those_that_an_independent_count_finds(self, construction):
         gudhi = pytest.importorskip("gudhi")
         volumes = synthetic_volumes(40, size=24, seed=3)

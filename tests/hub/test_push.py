@@ -646,6 +646,7 @@ class TestTroubleThatStays:
             assert not [name for name in inspect.signature(function).parameters if "token" in name]
 
 
+@pytest.mark.slow
 def test_a_fresh_process_loads_the_pushed_model_with_the_same_scores_and_its_card(local_hub, run, tmp_path):
     push_run(run, "me/model", private=True)
     script = """if True:

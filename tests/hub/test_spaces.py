@@ -256,6 +256,7 @@ SCRIPT = """if True:
 """
 
 
+@pytest.mark.slow
 def test_evaluate_loads_every_metric_from_its_space_without_the_package_with_the_values_of_the_library(
     local_hub, tmp_path
 ):

@@ -40,6 +40,7 @@ class TestCountGroups:
 
 class TestGroupedErrorInterval:
     @pytest.mark.parametrize(("spread", "shift"), [(0.0, 0.0), (1.0, 0.0), (0.0, -0.7), (1.0, -0.7)])
+    @pytest.mark.slow
     def test_the_upper_end_is_passed_by_the_truth_about_as_rarely_as_it_promises(self, spread, shift):
         truth = calibration_error(*images(4000, 50, spread, shift, 0)[:2])
         missed = 0

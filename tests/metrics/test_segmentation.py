@@ -157,6 +157,7 @@ class TestDenseDifferences:
         ends = [dense_intervals(counts, num_resamples=50)["pixel_ece"] for counts in (sure, fair)]
         assert ends[0][0] < ends[1][1]  # of the models alone
 
+    @pytest.mark.slow
     def test_no_difference_is_called_one_in_about_5_percent_of_cases(self):
         called = 0
         for seed in range(60):

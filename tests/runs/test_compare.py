@@ -32,6 +32,7 @@ def warnings(caplog):
 
 
 class TestCompare:
+    @pytest.mark.slow
     def test_runs_of_one_seed_differ_in_the_loss_alone(self, tmp_path):
         line = [*QUICK, "--focal_gamma", "2"]
         reports = compare(ImageTask, line, ["cross_entropy", "focal"], [0, 1], tmp_path)
@@ -47,6 +48,7 @@ class TestCompare:
             "cross_entropy-0", "cross_entropy-1", "focal-0", "focal-1",
         }  # fmt: skip
 
+    @pytest.mark.slow
     def test_rows_are_those_before_folding_whatever_calibrate_at_end_says(self, tmp_path):
         tests = []
         for flag in ("true", "false"):

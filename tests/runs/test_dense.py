@@ -66,6 +66,7 @@ class TestVolumes:
         assert counts.overlap[:, 1, 0].sum() > 0 and shown["image"].shape == (12, 12, 12)
         assert counts.num_pixels == report.metrics["num_samples"]
 
+    @pytest.mark.slow
     def test_evaluate_repeats_the_report_and_the_gate_counts_images(self, volume_run, tmp_path, capsys):
         folder, report = volume_run
         out, file = tmp_path / "out", tmp_path / "predictions.parquet"
@@ -83,11 +84,13 @@ class TestVolumes:
         ends = [float(end) for end in re.search(r"interval (\S+) to ([^;]+);", answer).groups()]
         assert ends == pytest.approx(report.test.intervals[report.shipped]["ece"], rel=1e-2)
 
+    @pytest.mark.slow
     def test_a_checkpoint_that_left_its_folder_still_knows_its_data(self, volume_run, tmp_path):
         shutil.copytree(volume_run[0], tmp_path / "copy")
         (tmp_path / "copy" / "run_arguments.json").unlink()
         assert cli.main(["evaluate", "segmentation", str(tmp_path / "copy")]) == 0
 
+    @pytest.mark.slow
     def test_scale_folds_a_temperature_into_the_network(self, tmp_path):
         line = [*QUICK, "--volume_size", "12", "--max_train_samples", "8", "--calibrate_at_end", "false"]
         plain = finetune(*parse_arguments(SegmentationTask, [*line, "--output_dir", str(tmp_path / "plain")]))
@@ -99,6 +102,7 @@ class TestVolumes:
         assert scaled.metrics["nll"] == pytest.approx(plain.test.temperature_scaled["nll"], rel=1e-3)
         assert scaled.metrics["betti_0_error"] == plain.metrics["betti_0_error"]
 
+    @pytest.mark.slow
     def test_compare_prints_metrics_of_images_and_differences_over_images(self, tmp_path, capsys):
         line = [*QUICK, "--volume_size", "12", "--max_train_samples", "8"]
         command = ["compare", "segmentation", "--losses", "cross_entropy", "focal", "--folder", str(tmp_path), *line]

@@ -257,6 +257,7 @@ def train_and_keep_what_is_printed(folder) -> None:
 
 
 class TestScripts:
+    @pytest.mark.slow
     def test_two_processes_write_one_report_and_print_one_table(self, tmp_path, few_digits):
         debug_launcher(train_and_keep_what_is_printed, args=(tmp_path,), num_processes=2)
         printed = [path.read_text().count("adafocal, as trained") for path in tmp_path.glob("printed-*")]

@@ -448,6 +448,7 @@ class LogitsOnly(nn.Module):
 
 class TestONNX:
     @pytest.mark.parametrize("name", ARCHITECTURES)
+    @pytest.mark.slow
     def test_an_exported_model_gives_the_scaled_probabilities(self, name, tmp_path):
         onnxruntime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")

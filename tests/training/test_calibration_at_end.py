@@ -122,6 +122,7 @@ class TestFolding:
 
 
 class TestSeveralRuns:
+    @pytest.mark.slow
     def test_each_trial_of_a_search_is_judged_by_the_calibrated_model_and_disturbs_no_other(self, tmp_path):
         optuna = pytest.importorskip("optuna", reason="optuna (extra `dev`) proposes the trials")
         optuna.logging.set_verbosity(optuna.logging.CRITICAL)
