@@ -219,7 +219,7 @@ class ClasswiseAdaFocalLoss(AdaFocalLoss):
         if num_classes == 0:
             return super().formula(logits, labels, **options)
         if logits.ndim > 1 and logits.shape[1] != num_classes:
-            raise ValueError(f"Expected logits of {num_classes} classes, one a table, found {tuple(logits.shape)}.")
+            raise ValueError(f"Expected logits of {num_classes} classes, one per table, found {tuple(logits.shape)}.")
         gammas = gamma_table.pool(self.class_gammas, self.gammas, self.class_counts, self.prior)
 
         def of_class(p: Tensor) -> Tensor:

@@ -344,7 +344,7 @@ def _check(logits: Tensor, labels: Tensor, weight: Tensor | None, reduction: str
         )
     if weight is not None and weight.shape != logits.shape[1:2]:
         raise ValueError(
-            f"weight must have one entry a class, shape ({logits.shape[1]},), found {tuple(weight.shape)} "
+            f"weight must have one entry per class, shape ({logits.shape[1]},), found {tuple(weight.shape)} "
             f"for logits of shape {tuple(logits.shape)}."
         )
     check_reduction(reduction)

@@ -180,7 +180,7 @@ def reuse_sentence(report: Report) -> str:
         return ""
     text, verb = _joined(reused), "was" if len(reused) == 1 else "were"
     return (
-        f"{text[0].upper()}{text[1:]} {verb} steered by these very samples, so the numbers look a little too good. "
+        f"{text[0].upper()}{text[1:]} {verb} chosen on the samples measured here, so these numbers are optimistic. "
         "Measure on a test split of its own: `hf-adafocal evaluate`."
     )
 
@@ -199,8 +199,8 @@ def overlap_sentences(report: Report) -> list[str]:
         sentences.append(f"{dropped:,} training rows whose inputs stand in a held-out split were dropped.")
     elif shared:
         sentences.append(
-            f"Splits overlap, by request: {', '.join(shared)}. What was measured on data that drove the model looks "
-            "too good."
+            f"Splits overlap, by request: {', '.join(shared)}. What was measured on data that the model was fitted to "
+            "is optimistic."
         )
     if overlap.get("policy") == "skip":
         sentences.append("Whether the splits share rows was not checked.")

@@ -138,7 +138,7 @@ class TestClasswiseAdaFocalLoss:
 
     def test_logits_of_another_number_of_classes_are_an_error(self):
         loss_fn, _ = self.updated()
-        with pytest.raises(ValueError, match=r"logits of 3 classes, one a table, found \(2, 4\)"):
+        with pytest.raises(ValueError, match=r"logits of 3 classes, one per table, found \(2, 4\)"):
             loss_fn(torch.randn(2, 4), torch.tensor([0, 3]))
 
     def test_labels_out_of_range_are_an_error_once_there_are_tables(self):

@@ -553,7 +553,7 @@ class TestRivals:
             loss(logits, torch.zeros(3, dtype=torch.long))
         with pytest.raises(ValueError, match="integer"):
             loss(logits, torch.rand(2))
-        with pytest.raises(ValueError, match="one entry a class"):
+        with pytest.raises(ValueError, match="one entry per class"):
             loss(logits, torch.tensor([0, 1]), weight=torch.ones(4))
         with pytest.raises(ValueError, match="'mean', 'sum' or 'none'"):
             loss(logits, torch.tensor([0, 1]), reduction="avg")
