@@ -220,9 +220,9 @@ class TestText:
     @pytest.mark.parametrize(
         ("changes", "sentence"),
         [
-            ({}, "Gamma, the temperature and the choice of the checkpoint were steered by these very samples"),
-            ({"scaling": None}, "Gamma and the choice of the checkpoint were steered"),
-            ({"adaptation": [], "held_out": {"selection": "test"}}, "The choice of the checkpoint was steered"),
+            ({}, "Gamma, the temperature and the choice of the checkpoint were chosen on the samples measured here"),
+            ({"scaling": None}, "Gamma and the choice of the checkpoint were chosen"),
+            ({"adaptation": [], "held_out": {"selection": "test"}}, "The choice of the checkpoint was chosen"),
             ({"adaptation": [{"step": 1, "smoothing": 0.1}], "held_out": {"adaptation": "test"}}, "The smoothing was"),
             ({"held_out": {"adaptation": "calibration"}}, None),
         ],
@@ -230,7 +230,7 @@ class TestText:
     def test_what_was_chosen_on_the_reported_samples_is_admitted(self, changes, sentence):
         held_out = {"adaptation": "test", "scaling": "test", "selection": "test"}
         text = card(report(**{"held_out": held_out, **changes})).text
-        assert (sentence in text) if sentence else ("steered by these very samples" not in text)
+        assert (sentence in text) if sentence else ("chosen on the samples measured here" not in text)
 
     @pytest.mark.parametrize(
         ("overlap", "sentence"),

@@ -103,7 +103,7 @@ class TestCard:
         assert found["nll"] == pytest.approx(expected["eval_nll"], rel=1e-5)
         assert found["nll"] != pytest.approx(run.state.log_history[-2].get("eval_nll", 0.0), rel=1e-3)
         assert found["ece"] == pytest.approx(expected["eval_ece"], rel=1e-5)
-        assert "steered by these very samples" in (tmp_path / "README.md").read_text()
+        assert "chosen on the samples measured here" in (tmp_path / "README.md").read_text()
 
     def test_a_report_of_these_weights_is_shown_and_one_of_others_is_not(self, tmp_path):
         run = tiny.trainer(tmp_path)
