@@ -289,7 +289,8 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refusal(400, f"Invalid sdk {wanted.get('sdk')!r}")
         if wanted.get("sdk") in ("gradio", "docker") and not self.hub.paying:
             raise Refusal(402, "Gradio Spaces on cpu-basic need a PRO subscription")
-        repository = Repository(kind, wanted.get("visibility") == "private", wanted.get("sdk"))
+        private = wanted.get("visibility") == "private" or bool(wanted.get("private"))  # newer and older clients
+        repository = Repository(kind, private, wanted.get("sdk"))
         repository.add_commit("main", "initial commit", {".gitattributes": File(GITATTRIBUTES.encode(), lfs=False)})
         self.hub.repositories[kind, repo_id] = repository
         return answer

@@ -3,10 +3,16 @@
 from functools import cache
 from pathlib import Path
 
+import pytest
 import torch
 import torchgen
 import yaml
 from torch.utils._python_dispatch import TorchDispatchMode
+
+FAKE_GPU = pytest.mark.skipif(
+    torch.__version__ < "2.7" and torch.version.cuda is not None and not torch.cuda.is_available(),
+    reason="this torch asks the driver even for tensors without data",
+)
 
 
 class OperatorLog(TorchDispatchMode):

@@ -99,6 +99,7 @@ class TestEveryEstimator:
         assert metric(confidence, confidence) == 0
         assert metric(np.ones(20), np.zeros(20)) == pytest.approx(1)
         assert metric(np.zeros(20), np.ones(20)) == pytest.approx(1)
+        assert all(metric(np.ones(size), np.zeros(size)) <= 1 for size in (9, 18, 20, 21))  # whatever is rounded
 
     @every_error
     def test_an_over_confident_model_has_more_than_a_calibrated_one(self, metric):

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
+from operator_log import FAKE_GPU
 from PIL import Image
 from tiny import LENGTH, NUM_CLASSES, VOCABULARY, bert
 from torch import nn
@@ -239,6 +240,7 @@ class TestFoldScaling:
         assert torch.equal(model.classifier.bias, (bias / 2.7).bfloat16())
         np.testing.assert_allclose(logits_of(model).float().softmax(-1), expected, atol=2e-2)
 
+    @FAKE_GPU
     def test_a_device_without_float64_gets_none(self):
         class Made(TorchDispatchMode):
             def __torch_dispatch__(self, func, types, args=(), kwargs=None):

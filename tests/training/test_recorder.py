@@ -8,7 +8,7 @@ import torch
 from accelerate import Accelerator
 from hypothesis import given
 from hypothesis import strategies as st
-from operator_log import OperatorLog, runs_on_mps
+from operator_log import FAKE_GPU, OperatorLog, runs_on_mps
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_adafocal.metrics.histogram import CalibrationHistogram, cell_edges
@@ -227,6 +227,7 @@ class TestHistogram:
         with pytest.raises(ValueError, match="no statistics of single classes"):
             collector.statistics(5, num_classes=3)
 
+    @FAKE_GPU
     def test_counts_are_added_up_where_the_backend_takes_them(self):
         """nccl reduces tensors of the accelerator alone, and gloo does so with integers of 64 bits as nccl does."""
 
