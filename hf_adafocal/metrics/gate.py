@@ -10,7 +10,6 @@ from hf_adafocal.metrics.groups import count_groups, grouped_error_interval
 from hf_adafocal.metrics.intervals import Interval, calibration_error_interval, count_above
 from hf_adafocal.metrics.validation import check_pairs
 
-_POWER = 0.9  # of the number of samples that a message recommends
 _MOST_SAMPLES = 10**9
 
 
