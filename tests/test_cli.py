@@ -211,11 +211,18 @@ class TestWhatARunSays:
         assert cli.main(["evaluate", "vision", str(text_run[0])]) == 2
         assert "is of the kind text, not vision" in capsys.readouterr().err
 
+    @pytest.mark.parametrize("verb", ["evaluate", "scale"])
+    def test_a_foreign_checkpoint_is_not_measured_on_data_that_nobody_named(self, verb, run, tmp_path, capsys):
+        AutoModelForImageClassification.from_pretrained(run[0]).save_pretrained(tmp_path / "foreign")
+        assert cli.main([verb, "vision", str(tmp_path / "foreign"), "--output", str(tmp_path / "report")]) == 2
+        assert "holds no record of a run of hf-adafocal: name the data set with --dataset" in capsys.readouterr().err
+        assert not (tmp_path / "report").exists()
+
     def test_the_report_of_a_foreign_checkpoint_goes_into_a_folder_of_its_own(self, run, tmp_path, monkeypatch):
         AutoModelForImageClassification.from_pretrained(run[0]).save_pretrained(tmp_path / "foreign")
         monkeypatch.chdir(tmp_path)
         before = sorted(path.name for path in (tmp_path / "foreign").iterdir())
-        assert cli.main(["evaluate", "vision", "foreign"]) == 0
+        assert cli.main(["evaluate", "vision", "foreign", "--dataset", "digits"]) == 0
         assert sorted(path.name for path in (tmp_path / "foreign").iterdir()) == before
         assert (tmp_path / "runs" / "evaluate" / "foreign" / "report.json").exists()
 

@@ -142,18 +142,19 @@ def task_of_checkpoint(
         ValueError: If the run was of another kind, or its data set is not known and not given.
     """
     record = record_or_report(checkpoint)
-    if record is None:
-        parser = task_parser(TASKS[kind], prog)
-    else:
-        if record.kind != kind:
-            raise ValueError(f"{checkpoint} is of the kind {record.kind}, not {kind}.")
-        known = {name: value for name, value in record.task.items() if name in own_names(TASKS[kind])}
-        parser = task_parser(TASKS[kind], prog, **known)
-        if "dataset" not in known and not any(word.partition("=")[0] == "--dataset" for word in arguments):
-            raise ValueError(
-                f"The report of {checkpoint} does not say where its data set is, since it was a local folder: name it "
-                "with --dataset."
-            )
+    if record is not None and record.kind != kind:
+        raise ValueError(f"{checkpoint} is of the kind {record.kind}, not {kind}.")
+    recorded = {} if record is None else record.task
+    known = {name: value for name, value in recorded.items() if name in own_names(TASKS[kind])}
+    parser = task_parser(TASKS[kind], prog, **known)
+    given = {word.partition("=")[0] for word in arguments}
+    if "dataset" not in known and not given & {"--dataset", "-h", "--help"}:
+        reason = (
+            f"{checkpoint} holds no record of a run of hf-adafocal"
+            if record is None
+            else f"The report of {checkpoint} does not say where its data set is, since it was a local folder"
+        )
+        raise ValueError(f"{reason}: name the data set with --dataset.")
     task, *_ = parser.parse_args_into_dataclasses([*arguments, "--model_name_or_path", checkpoint])
     return cast(Task, task), 0 if record is None or record.seed is None else record.seed
 
