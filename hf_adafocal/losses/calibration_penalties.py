@@ -139,7 +139,8 @@ def soft_binned_ece(
 ) -> Tensor:
     """SB-ECE, ECE in the L2 norm with soft bin membership: `sqrt(sum_j w_j (conf_j - acc_j)^2)`.
 
-    A sample belongs to the bin around `xi_j = (2 j - 1) / (2 M)` by `softmax_j(-(c - xi_j)^2 / temperature)`.
+    A sample belongs to the bin around `xi_j = (2 j - 1) / (2 M)` by `softmax_j(-(c - xi_j)^2 / temperature)`. Means of
+    a bin are its sums over its mass, or over 1e-5 if that is more.
 
     The paper tunes the temperature; the authors' code can set it as `1 / (ln(decay) M^2)`, where a decay of at most 1
     would turn the bins inside out. That code takes the root of 0 without an epsilon, where the gradient is NaN.
@@ -238,7 +239,7 @@ def differentiable_ece(
     accuracy = (2 - rank).relu()
     confidence = p.amax(dim=1)
     steps = torch.arange(num_bins, dtype=p.dtype, device=p.device)
-    heights = confidence[:, None] * (steps + 1) - steps.cumsum(0) / num_bins
+    heights = confidence[:, None] * steps - steps.cumsum(0) / num_bins  # less c, which the softmax does not see
     member = ((heights / bin_temperature).softmax(dim=1) + 1e-6) / (1 + num_bins * 1e-6)
     gaps = member * ((accuracy - confidence) * batch.counted)[:, None]
     return gaps.sum(dim=0).abs().sum() / batch.divisor

@@ -235,8 +235,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
         self.calibration_text = calibration_text
         self.prefixes = ("eval", "eval_calibration") if metric_key_prefix is None else (metric_key_prefix,)
         self.evaluate = evaluate
-        self._training = False
-        self._first_step = 0
+        self._first_step: int | None = None  # where training began; None outside of it
         self._missed: set[str] = set()  # prefixes of evaluations that moved nothing
 
     def on_train_begin(self, args, state, control, **kwargs):
@@ -247,7 +246,7 @@ class AdaFocalCallback(AdaptiveStateCallback):
                 "eval_strategy='epoch' or 'steps', or train with AdaFocalTrainer."
             )
         super().on_train_begin(args, state, control, **kwargs)
-        self._training, self._first_step = True, state.global_step
+        self._first_step = state.global_step
         self._missed = set()
         self._describe(args, state)
 
@@ -273,13 +272,13 @@ class AdaFocalCallback(AdaptiveStateCallback):
 
     def on_train_end(self, args, state, control, **kwargs):
         """Restore the best checkpoint's table; later evaluations do not update gamma."""
-        self._training = False
+        self._first_step = None
         self._check_that_gamma_moved()
         super().on_train_end(args, state, control, **kwargs)
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Update gamma if this was an evaluation of the calibration set."""
-        if not self._training or state.global_step <= self._first_step:  # also `eval_on_start`
+        if self._first_step is None or state.global_step <= self._first_step:  # also `eval_on_start`
             return
         # The Trainer adds a run time to the metrics of every evaluation.
         evaluated = {name.removesuffix("_runtime") for name in metrics or {} if name.endswith("_runtime")}
@@ -308,15 +307,13 @@ class AdaFocalCallback(AdaptiveStateCallback):
 
 
 def expected_evaluations(args: Any, state: Any) -> int:
-    """Compute how many evaluations a training run makes from start to end; at most, where a stream ends epochs."""
-    epochs = min(math.ceil(state.num_train_epochs), state.max_steps)  # the Trainer has sys.maxsize epochs of a stream
+    """Compute how many evaluations a training run makes from start to end; at most, where epochs end early."""
+    epochs = min(state.num_train_epochs, state.max_steps)  # the Trainer has sys.maxsize epochs of a stream
     if args.eval_strategy == IntervalStrategy.NO:
         return epochs
     if args.eval_strategy == IntervalStrategy.EPOCH:
         return max(epochs + 1 - max(math.ceil(args.eval_delay), 1), 0)
     every = state.eval_steps
-    if not every or every < 1:
-        return 0
     last, control = copy.copy(state), TrainerControl()
     last.global_step = state.max_steps
     DefaultFlowCallback().on_step_end(args, last, control)  # releases differ in whether the last step is evaluated

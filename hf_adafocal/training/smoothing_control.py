@@ -176,14 +176,14 @@ def schedule(
         raise ValueError(f"Expected a calibration sample for each of {processes} processes, found {calibration_size}.")
     start = round(START * total_steps)
     affordable = 3 * COMPUTE * total_steps * samples_per_step
-    size = samples or min(max(affordable / MOST_UPDATES, FEWEST_SAMPLES), MOST_SAMPLES)
+    size = samples or int(min(max(affordable / MOST_UPDATES, FEWEST_SAMPLES), MOST_SAMPLES))
     if every is None:
         updates = min(MOST_UPDATES, int(affordable // size), total_steps // STEPS_PER_UPDATE)
         updates = max(updates, min(1, total_steps // STEPS_PER_UPDATE))
         steps = tuple(start + round(k * (total_steps - start) / (updates + 1)) for k in range(1, updates + 1))
     else:
         steps = tuple(range(start + every, total_steps, every))
-    size = min(int(size), calibration_size)
+    size = min(size, calibration_size)
     return Schedule(steps, max(size // processes, 1) * processes)
 
 

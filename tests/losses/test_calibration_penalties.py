@@ -195,6 +195,13 @@ class TestMMCEWeighted:
         found = mmce_weighted(logits, labels, reference_code=reference_code)
         assert found.item() == pytest.approx(math.sqrt(square))
 
+    @pytest.mark.parametrize("labels", [[0, 1, 1, 1], [0, 0, 0, 1]], ids=["one right", "one wrong"])
+    def test_a_single_sample_of_a_kind_weighs_as_much_as_the_others(self, labels):
+        logits = torch.tensor([[margin, 0.0] for margin in (0.3, 2.0, 1.0, 1.5)], dtype=torch.float64)
+        square = slow.mmce_weighted_square(logits.tolist(), labels)
+        assert square > 0.01
+        assert mmce_weighted(logits, torch.tensor(labels)).item() == pytest.approx(math.sqrt(square))
+
     def test_the_authors_code_weighs_it_less_the_larger_the_batch_is(self):
         logits, labels = batch(size=128)
         for size, least in ((16, 2), (128, 20)):
@@ -251,6 +258,14 @@ class TestSoftBinnedECE:
         hard = calibration_error(confidence.numpy(), (predicted == labels).numpy(), 10, norm="l2")
         assert soft_binned_ece(logits, labels, num_bins=10, temperature=1e-6).item() == pytest.approx(hard, rel=1e-4)
 
+    def test_by_hand_with_a_bin_that_hardly_anything_is_in(self):
+        # Right at c = 3/4, the middle of the second of two bins: in the first is a share of 1 / (1 + e^(1 / (4 T))).
+        logits, rare = torch.tensor([[3.0, 1.0]], dtype=torch.float64).log(), 5e-6
+        temperature = 0.25 / math.log(1 / rare - 1)
+        square = ((1 - rare) + rare * (rare / 1e-5) ** 2) / 4**2  # of its gap as much as it has of the least mass
+        found = soft_binned_ece(logits, torch.tensor([0]), num_bins=2, temperature=temperature)
+        assert found.item() ** 2 == pytest.approx(square + 1e-10, rel=1e-9)
+
     def test_the_gradient_is_finite_where_the_error_is_zero(self):
         logits = torch.tensor([[200.0, 0.0]], requires_grad=True)
         loss = soft_binned_ece(logits, torch.tensor([0]))
@@ -284,6 +299,12 @@ class TestDifferentiableECE:
         )
         expected = slow.differentiable_ece(*lists(logits, labels), num_bins, slope, temperature)
         assert found.item() == pytest.approx(expected)
+
+    def test_the_defaults_are_the_documented_ones(self):
+        logits, labels = torch.tensor([[0.51, 0.49]], dtype=torch.float64).log(), torch.tensor([0])
+        expected = slow.differentiable_ece(*lists(logits, labels), num_bins=15, slope=100.0, temperature=0.01)
+        assert differentiable_ece(logits, labels).item() == pytest.approx(expected)
+        assert differentiable_ece(logits, labels, accuracy_slope=150.0).item() != pytest.approx(expected, rel=0.1)
 
     def test_bins_begin_at_zero(self):
         # Right in the lowest bin and wrong in the next: gaps of two signs, which one bin for both would cancel.

@@ -691,6 +691,14 @@ class TestConfidencePenaltyLoss:
             confidence_penalty_loss(torch.randn(2, 3), torch.tensor([0, 1]), penalty)
 
 
+@EACH_RIVAL
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_of_a_single_class_nothing_is_lost_and_labels_may_be_ignored(name, reduction):
+    logits, labels = torch.tensor([[3.0], [-2.0], [0.5]]), torch.tensor([0, -100, 0])
+    for weight in (None, torch.tensor([2.0])):
+        assert not rival(name)(logits, labels, weight=weight, reduction=reduction).any()
+
+
 @pytest.mark.parametrize(
     ("function", "setting"),
     [

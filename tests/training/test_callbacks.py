@@ -1,13 +1,24 @@
+import copy
 import json
 import logging
+import math
+import sys
 from types import SimpleNamespace
 
 import pytest
 import tiny
+import torch
 from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_callback import DefaultFlowCallback
 
-from hf_adafocal import AdaFocalCallback, AdaFocalLoss
-from hf_adafocal.training.callbacks import STATE_KEY, FirstStepCheck, SaveAfterEvaluation
+from hf_adafocal import AdaFocalCallback, AdaFocalLoss, CalibrationMetrics
+from hf_adafocal.training import callbacks
+from hf_adafocal.training.callbacks import (
+    STATE_KEY,
+    FirstStepCheck,
+    SaveAfterEvaluation,
+    expected_evaluations,
+)
 
 
 def saved_state(checkpoint) -> dict:
@@ -104,13 +115,15 @@ class TestWhen:
 class Alone:
     """An `AdaFocalCallback` that is called by hand in place of a Trainer; its calibration set is over-confident."""
 
-    def __init__(self, folder, step=0, **settings):
+    def __init__(self, folder, step=0, epochs=2, **settings):
         self.found = SimpleNamespace(edges=[0.0, 1.0], gap=[0.5])
         self.args = TrainingArguments(str(folder), use_cpu=True, **{"eval_strategy": "epoch", **settings})
-        self.state = TrainerState(num_train_epochs=2, max_steps=4, global_step=step)
+        self.state = TrainerState(num_train_epochs=epochs, max_steps=2 * epochs, global_step=step)
         self.control = TrainerControl()
-        self.evaluated = []
-        self.callback = AdaFocalCallback(AdaFocalLoss(num_bins=1), lambda: self.found, evaluate=self.evaluate)
+        self.evaluated, self.logged = [], []
+        self.callback = AdaFocalCallback(
+            AdaFocalLoss(num_bins=1), lambda: self.found, log=self.logged.append, evaluate=self.evaluate
+        )
 
     def evaluate(self):
         self.evaluated.append(self.state.global_step)
@@ -157,6 +170,23 @@ class TestWithoutATrainer:
         alone.found = None
         assert alone.updates_after("eval", 1) == 0
 
+    def test_an_evaluation_without_metrics_moves_nothing(self, tmp_path):
+        alone = Alone(tmp_path)
+        alone.call("on_train_begin")
+        alone.state.global_step = 1
+        alone.call("on_evaluate")
+        alone.call("on_epoch_begin")
+        assert alone.callback.updates == 0
+
+    def test_the_checkpoint_of_an_epochs_last_step_waits_for_its_evaluation(self, tmp_path):
+        alone = Alone(tmp_path)
+        alone.call("on_train_begin")
+        alone.state.epoch, alone.control.should_save = 1.0, True
+        alone.call("on_step_end")
+        assert not alone.control.should_save
+        alone.call("on_epoch_end")
+        assert alone.control.should_save
+
     @pytest.mark.parametrize(("strategy", "evaluated"), [("no", [3]), ("epoch", [])])
     def test_it_evaluates_after_an_epoch_if_nobody_else_does_and_leaves_the_requests(
         self, tmp_path, strategy, evaluated
@@ -166,6 +196,230 @@ class TestWithoutATrainer:
         alone.control.should_save = alone.control.should_log = True
         alone.call("on_epoch_end")
         assert alone.evaluated == evaluated and alone.control.should_save and alone.control.should_log
+
+
+class TestWhatItKeeps:
+    """The table, the number of updates and the history, through a run, a checkpoint and the next run."""
+
+    SAVED = {
+        **{"edges": [0.0, 1.0], "gammas": [4.0], "updates": 3},
+        "history": [{"step": step, "gammas": [gamma]} for step, gamma in ((0, 1.0), (1, 2.0), (2, 3.0), (3, 4.0))],
+    }
+
+    def test_each_update_is_counted_noted_exported_and_logged(self, tmp_path):
+        alone = Alone(tmp_path)
+        assert alone.callback.updates == 0 and alone.callback.history == []
+        alone.call("on_train_begin")
+        noted = [{"step": 0, "gammas": [1.0]}]
+        table = {"edges": [0.0, 1.0], "gammas": [1.0]}
+        assert alone.state.stateful_callbacks[STATE_KEY] == {**table, "updates": 0, "history": noted}
+        alone.updates_after("eval", 1)
+        gamma = pytest.approx(math.exp(0.5))
+        noted.append({"step": 1, "gammas": [gamma]})
+        assert alone.state.stateful_callbacks[STATE_KEY] == {
+            **{**table, "gammas": [gamma]},
+            **{"updates": 1, "history": noted},
+        }
+        assert alone.logged == [{"gamma_min": gamma, "gamma_mean": gamma, "gamma_max": gamma}]
+        alone.callback.log = None
+        assert alone.updates_after("eval", 2) == 2 and len(alone.logged) == 1
+
+    def test_a_run_after_another_starts_afresh(self, tmp_path, warnings):
+        alone = Alone(tmp_path)
+        for _ in range(2):
+            alone.state = TrainerState(num_train_epochs=2, max_steps=4)
+            alone.call("on_train_begin")
+            assert alone.callback.loss.gammas.item() == 1
+            assert (alone.callback.updates, alone.callback.history) == (0, [{"step": 0, "gammas": [1.0]}])
+            assert alone.updates_after("eval", 1) == 1
+        assert "was not saved by a run with AdaFocalCallback" not in warnings.text
+
+    def test_a_checkpoint_brings_them_back_and_the_next_update_follows(self, tmp_path):
+        alone = Alone(tmp_path, 4)
+        alone.state.stateful_callbacks[STATE_KEY] = saved = copy.deepcopy(self.SAVED)
+        alone.call("on_train_begin")
+        assert alone.callback.loss.gammas.item() == 4
+        assert alone.state.stateful_callbacks[STATE_KEY] == self.SAVED
+        assert alone.updates_after("eval", 5) == 4 and saved == self.SAVED
+        moved = [pytest.approx(4 * math.exp(0.5))]
+        assert alone.callback.history == [*self.SAVED["history"], {"step": 5, "gammas": moved}]
+
+    @pytest.mark.parametrize("change", [{"updates": 0}, {"history": []}], ids=str)
+    def test_a_checkpoint_before_the_first_update_is_one_too(self, tmp_path, change):
+        alone = Alone(tmp_path, 1)
+        alone.state.stateful_callbacks[STATE_KEY] = saved = {**self.SAVED, **change}
+        alone.call("on_train_begin")
+        assert alone.state.stateful_callbacks[STATE_KEY] == saved
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"updates": -1}, r"updates in .* must be a whole number from 0, found -1"),
+            ({"updates": 2.0}, r"updates in .* must be a whole number from 0, found 2.0"),
+            ({"gammas": [1.0, 1.0]}, "does not fit this run's loss: gammas must be"),
+            ({"history": {"step": 0}}, "history in .* must be a list of updates"),
+            ({"history": [{"step": 0}, {"gammas": [1.0]}]}, "history in .* must be a list of updates"),
+            ({"history": [["step"]]}, "history in .* must be a list of updates"),
+            (None, "must be an object, found 7"),
+        ],
+        ids=str,
+    )
+    def test_a_checkpoint_that_no_run_writes_is_refused_and_the_table_stays(self, tmp_path, change, message):
+        alone = Alone(tmp_path, 4)
+        alone.state.stateful_callbacks[STATE_KEY] = 7 if change is None else {**self.SAVED, **change}
+        with pytest.raises(ValueError, match=message):
+            alone.call("on_train_begin")
+        assert alone.callback.loss.gammas.item() == 1
+
+    def test_the_loss_moves_to_the_device_of_the_run(self, tmp_path):
+        class Elsewhere(torch.nn.Linear):  # on a device that every machine has, though it holds no values
+            num_bins = 1
+
+            def reset(self):
+                self.found = self.weight.device.type
+
+            def table(self):
+                return {}
+
+            readings = table
+
+        alone = Alone(tmp_path)
+        alone.callback.loss = loss = Elsewhere(1, 1)
+        alone.args = SimpleNamespace(device=torch.device("meta"), eval_strategy="epoch", eval_delay=0)
+        alone.call("on_train_begin")
+        assert loss.found == "meta"
+
+
+class TestBestCheckpoint:
+    SAVED = {"edges": [0.0, 1.0], "gammas": [2.0], "updates": 1, "history": [{"step": 1, "gammas": [2.0]}]}
+
+    def ended(self, folder, saved=None, best=True, load=True, main=True):
+        """A run of two updates whose best checkpoint holds `saved`, called at the end of training."""
+        alone = Alone(folder, load_best_model_at_end=load, save_strategy="epoch")
+        alone.call("on_train_begin")
+        alone.updates_after("eval", 1), alone.updates_after("eval", 2)
+        alone.state.is_world_process_zero = main
+        if best:
+            alone.state.best_model_checkpoint = str(folder / "checkpoint-1")
+            (folder / "checkpoint-1").mkdir()
+            state = {"global_step": 1, "stateful_callbacks": {} if saved is None else {STATE_KEY: saved}}
+            (folder / "checkpoint-1" / "trainer_state.json").write_text(json.dumps(state))
+        alone.call("on_train_end")
+        return alone
+
+    def test_its_table_comes_back_and_is_exported(self, tmp_path):
+        alone = self.ended(tmp_path, self.SAVED)
+        assert alone.callback.loss.gammas.item() == 2
+        assert alone.state.stateful_callbacks[STATE_KEY] == self.SAVED
+
+    @pytest.mark.parametrize(
+        "settings", [{"load": False, "saved": SAVED}, {"best": False}, {}], ids=["not asked for", "none", "no table"]
+    )
+    def test_else_the_table_stays(self, tmp_path, settings, warnings):
+        alone = self.ended(tmp_path, **settings)
+        assert alone.callback.loss.gammas.item() == pytest.approx(math.e)
+        assert alone.state.stateful_callbacks[STATE_KEY]["updates"] == alone.callback.updates == 2
+        assert ("has no table of the loss, so it stays that of step 2" in warnings.text) == (settings == {})
+
+    def test_what_no_run_writes_is_refused_and_the_file_named(self, tmp_path):
+        with pytest.raises(ValueError, match=rf"updates in {tmp_path}/checkpoint-1/trainer_state.json must be"):
+            self.ended(tmp_path, {**self.SAVED, "updates": -1})
+
+    @pytest.mark.parametrize("knows", [False, True])
+    def test_other_processes_take_the_table_that_the_main_process_read(self, tmp_path, monkeypatch, knows):
+        def from_main(values):
+            assert values == [None, None]
+            values[:] = [str(tmp_path / "checkpoint-1"), self.SAVED]
+
+        monkeypatch.setattr(callbacks, "broadcast_object_list", from_main)
+        alone = self.ended(tmp_path, {**self.SAVED, "gammas": [9.0]}, best=knows, main=False)
+        assert alone.callback.loss.gammas.item() == 2
+
+    def test_an_error_of_the_main_process_is_theirs_too(self, tmp_path, monkeypatch):
+        def from_main(values):
+            values[:] = ["checkpoint-1", ValueError("cannot be read")]
+
+        monkeypatch.setattr(callbacks, "broadcast_object_list", from_main)
+        with pytest.raises(ValueError, match="cannot be read"):
+            self.ended(tmp_path, best=False, main=False)
+
+
+class TestDescription:
+    @pytest.mark.parametrize(("epochs", "level"), [(19, "WARNING"), (20, "INFO")])
+    def test_fewer_than_twenty_updates_are_a_warning(self, tmp_path, epochs, level, warnings):
+        from transformers.utils import logging as hf_logging
+
+        hf_logging.set_verbosity_info()
+        try:
+            Alone(tmp_path, epochs=epochs).call("on_train_begin")
+        finally:
+            hf_logging.set_verbosity_warning()
+        (record,) = (record for record in warnings.records if "gamma will move" in record.message)
+        assert record.levelname == level
+        assert f"AdaFocalLoss with 1 bins: gamma will move {epochs} times" in record.message
+
+    @pytest.mark.parametrize("folded", [None, False, True])
+    def test_the_advice_names_a_temperature_at_the_end_unless_there_is_one(self, tmp_path, folded, warnings):
+        alone = Alone(tmp_path)
+        if folded is not None:
+            alone.args.calibrate_at_end = folded
+        alone.call("on_train_begin")
+        assert ("or a temperature at the end" in warnings.text) == (not folded)
+
+
+class TestSettings:
+    def test_statistics_with_another_number_of_bins_are_refused(self):
+        with pytest.raises(ValueError, match="The loss has 5 bins and its statistics 7"):
+            AdaFocalCallback(AdaFocalLoss(num_bins=5), CalibrationMetrics(7).calibrate)
+
+    def test_a_prefix_replaces_the_two_usual_ones(self):
+        loss = AdaFocalLoss(num_bins=5)
+        calibrate = CalibrationMetrics(5).calibrate
+        assert AdaFocalCallback(loss, calibrate, "test").prefixes == ("test",)
+        assert AdaFocalCallback(loss, calibrate).prefixes == ("eval", "eval_calibration")
+
+    def test_a_run_without_evaluations_is_refused(self, tmp_path):
+        alone = Alone(tmp_path, eval_strategy="no")
+        alone.callback.evaluate = None
+        with pytest.raises(ValueError, match="eval_strategy is 'no'"):
+            alone.call("on_train_begin")
+
+
+def evaluations_of_the_flow(args, epochs, steps_of_epoch):
+    """Evaluations that the Trainer's own flow of events asks for, step by step."""
+    state, flow, count = TrainerState(max_steps=epochs * steps_of_epoch), DefaultFlowCallback(), 0
+    state.compute_steps(args, state.max_steps)
+    for step in range(1, state.max_steps + 1):
+        state.global_step, state.epoch = step, step / steps_of_epoch
+        events = [flow.on_step_end] if step % steps_of_epoch else [flow.on_step_end, flow.on_epoch_end]
+        for event in events:
+            control = TrainerControl()
+            event(args, state, control)
+            count += control.should_evaluate
+    return count
+
+
+class TestExpectedEvaluations:
+    @pytest.mark.parametrize(
+        "settings",
+        [
+            *({"eval_strategy": "epoch", "eval_delay": delay} for delay in (0, 1, 2, 2.5, 3, 3.5, 4)),
+            *({"eval_strategy": "steps", "eval_steps": steps} for steps in (1, 4, 5, 6, 11, 12, 13, 0.25, 0.3)),
+            *({"eval_strategy": "steps", "eval_steps": 4, "eval_delay": delay} for delay in (4, 5, 12, 13)),
+        ],
+        ids=str,
+    )
+    def test_they_are_those_that_the_flow_of_the_trainer_asks_for(self, tmp_path, settings):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, **settings)
+        state = TrainerState(num_train_epochs=3, max_steps=12, global_step=7)
+        state.compute_steps(args, 12)
+        assert expected_evaluations(args, state) == evaluations_of_the_flow(args, 3, 4)
+        assert state.global_step == 7
+
+    @pytest.mark.parametrize(("strategy", "delay", "expected"), [("no", 0, 7), ("epoch", 0, 7), ("epoch", 3, 5)])
+    def test_a_stream_ends_at_most_an_epoch_with_each_step(self, tmp_path, strategy, delay, expected):
+        args = TrainingArguments(str(tmp_path), use_cpu=True, eval_strategy=strategy, eval_delay=delay)
+        assert expected_evaluations(args, TrainerState(num_train_epochs=sys.maxsize, max_steps=7)) == expected
 
 
 class TestSaveAfterEvaluation:

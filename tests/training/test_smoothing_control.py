@@ -1,6 +1,7 @@
 """The temperature rule: its signal and its schedule."""
 
 import math
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -174,6 +175,12 @@ class TestSchedule:
         assert plan.slice_size % processes == 0 and 1 <= plan.slice_size <= max(min(MOST_SAMPLES, size), processes)
         cost = len(plan.steps) * plan.slice_size / 3
         assert cost <= COMPUTE * total * per_step or len(plan.steps) == 1
+
+    @given(total=st.integers(10, 5000), per_step=st.integers(1, 300))
+    def test_updates_are_as_many_as_the_budget_allows_in_exact_arithmetic(self, total, per_step):
+        budget = Fraction(3 * total * per_step, 20)  # forward passes
+        expected = min(20, total // 10, max(budget // 64, 1))  # from 20 updates of 64 on the slices grow
+        assert len(schedule(total, per_step, 6000).steps) == expected
 
     def test_a_long_run_gets_all_updates_evenly(self):
         plan = schedule(total_steps=2100, samples_per_step=32, calibration_size=1000)
