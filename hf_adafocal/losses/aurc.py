@@ -88,7 +88,7 @@ def regularised_aurc(
     batch = batch_samples(logits, labels, ignore_index)
     with torch.set_grad_enabled(rank_gradient and torch.is_grad_enabled()):
         rank = _soft_rank(_scores(batch, score) / regularization_strength, batch.counted)
-        rank = rank.clamp_min(0).minimum(batch.divisor)  # rounding; and rows that are ignored
+        rank = rank.clamp_min(1).minimum(batch.divisor)  # rounding; and rows that are ignored
         alpha = -torch.log1p(-rank / (batch.divisor + 1))
     return batch.mean(alpha * batch.ce)
 
@@ -162,11 +162,11 @@ def selective_au(
         raise ValueError(f"quantile must lie in [0, 1], found {quantile}.")
     batch = batch_samples(logits, labels, ignore_index)
     scores = _scores(batch, score)
-    counts = _histogram(scores.detach(), batch.counted, num_bins)
+    counts = _histogram(scores, batch.counted, num_bins)
     centers = (torch.arange(num_bins, dtype=scores.dtype, device=scores.device) + 0.5) / num_bins
     capped = scores.minimum(_quantile(scores, quantile, batch))
     steps = ((capped[:, None] - centers) / sigma).sigmoid()
-    share = (steps * counts).sum(dim=1) / counts.sum().clamp_min(1)
+    share = (steps * counts).sum(dim=1) / batch.divisor
     share = share.maximum(1 / (batch.divisor + 1)).minimum(batch.divisor / (batch.divisor + 1))
     return batch.mean(-torch.log1p(-share) * batch.ce)
 
@@ -191,7 +191,7 @@ def _scores(batch: BatchSamples, score: str) -> Tensor:
         return batch.p.amax(dim=1)
     if score == "neg_entropy":
         log_p = batch.log_p.clamp_min(LEAST_LOG_P)  # 0 log 0 is 0
-        return (1 + (batch.p * log_p).sum(dim=1) / math.log(log_p.shape[1])).clamp(0, 1)
+        return 1 + (batch.p * log_p).sum(dim=1) / math.log(log_p.shape[1])
     if score == "margin":
         first, second = batch.p.topk(2, dim=1).values.unbind(dim=1)
         return first - second

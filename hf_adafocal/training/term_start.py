@@ -24,4 +24,4 @@ class TermStart(TrainerCallback):
     def on_step_begin(self, args, state, control, **kwargs):
         """Set the fraction of optimizer steps that are done; a resumed run continues from its own."""
         if hasattr(self.loss, "progress"):
-            self.loss.progress = state.global_step / max(state.max_steps, 1)
+            self.loss.progress = state.global_step / state.max_steps

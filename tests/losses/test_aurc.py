@@ -101,10 +101,19 @@ class TestRegularisedAURC:
         found = ranking._soft_rank(values, torch.ones(size, dtype=torch.float64))
         torch.testing.assert_close(found.tolist(), slow.soft_ranks(values.tolist()), rtol=1e-9, atol=1e-7)
 
-    def test_soft_ranks_of_a_large_float32_batch_are_accurate(self):
-        values = torch.rand(2000) / 0.02
-        found = ranking._soft_rank(values, torch.ones(2000))
-        torch.testing.assert_close(found, torch.tensor(slow.soft_ranks(values.tolist())), rtol=0, atol=5e-3)
+    @pytest.mark.parametrize(("size", "softness", "error"), [(2000, 0.02, 5e-3), (200, 1e-4, 2e-3)])
+    def test_soft_ranks_of_a_large_float32_batch_are_accurate(self, size, softness, error):
+        values = torch.rand(size) / softness
+        found = ranking._soft_rank(values, torch.ones(size))
+        torch.testing.assert_close(found, torch.tensor(slow.soft_ranks(values.tolist())), rtol=0, atol=error)
+
+    def test_where_float32_cannot_tell_the_ranks_they_still_lie_between_1_and_the_number_of_samples(self):
+        logits, labels = batch(size=300, dtype=torch.float32)
+        loss = regularised_aurc(logits, labels, regularization_strength=1e-9, rank_gradient=False)
+        n = torch.arange(300)
+        slopes = gradient(loss, logits)[n, labels] / (logits.softmax(1)[n, labels] - 1)  # of cross-entropy, weighted
+        ranks = 301 * (1 - torch.exp(-300 * slopes))
+        assert ranks.min() > 0.99 and ranks.max() < 300.01
 
     def test_no_softness_is_an_error(self):
         with pytest.raises(ValueError, match="regularization_strength must be above 0, found 0"):
@@ -119,6 +128,13 @@ class TestSelectiveAU:
         rows, classes = lists(logits, labels)
         expected = slow.selective_au(rows, classes, slow.histogram(rows, 64, score), quantile, name=score)
         assert selective_au(logits, labels, quantile=quantile, score=score).item() == pytest.approx(expected)
+
+    @pytest.mark.parametrize(("unsure", "sure"), [(29, 1), (1, 29)])
+    def test_no_weight_is_beyond_those_of_the_least_and_of_the_most_certain_of_the_batch(self, unsure, sure):
+        rows, classes = [[0.5, 0.0]] * unsure + [[7.0, 0.0]] * sure, [0, 1] * 15
+        found = selective_au(torch.tensor(rows, dtype=torch.float64), torch.tensor(classes), quantile=1.0)
+        expected = slow.selective_au(rows, classes, slow.histogram(rows), quantile=1.0)
+        assert found.item() == pytest.approx(expected)
 
     def test_it_weighs_a_batch_by_its_own_scores_alone_however_often_it_is_called(self):
         (before, other), (logits, labels) = batch(size=30), batch()

@@ -307,8 +307,10 @@ class TestBestCheckpoint:
         alone.call("on_train_end")
         return alone
 
-    def test_its_table_comes_back_and_is_exported(self, tmp_path):
+    def test_its_table_comes_back_and_is_exported(self, tmp_path, caplog):
+        caplog.set_level("INFO", logger="hf_adafocal")
         alone = self.ended(tmp_path, self.SAVED)
+        assert f"table after 1 updates from the best checkpoint, {tmp_path}/checkpoint-1." in caplog.text
         assert alone.callback.loss.gammas.item() == 2
         assert alone.state.stateful_callbacks[STATE_KEY] == self.SAVED
 
@@ -346,15 +348,10 @@ class TestBestCheckpoint:
 
 class TestDescription:
     @pytest.mark.parametrize(("epochs", "level"), [(19, "WARNING"), (20, "INFO")])
-    def test_fewer_than_twenty_updates_are_a_warning(self, tmp_path, epochs, level, warnings):
-        from transformers.utils import logging as hf_logging
-
-        hf_logging.set_verbosity_info()
-        try:
-            Alone(tmp_path, epochs=epochs).call("on_train_begin")
-        finally:
-            hf_logging.set_verbosity_warning()
-        (record,) = (record for record in warnings.records if "gamma will move" in record.message)
+    def test_fewer_than_twenty_updates_are_a_warning(self, tmp_path, epochs, level, caplog):
+        caplog.set_level("INFO", logger="hf_adafocal")
+        Alone(tmp_path, epochs=epochs).call("on_train_begin")
+        (record,) = (record for record in caplog.records if "gamma will move" in record.message)
         assert record.levelname == level
         assert f"AdaFocalLoss with 1 bins: gamma will move {epochs} times" in record.message
 
