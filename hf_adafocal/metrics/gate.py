@@ -1,6 +1,7 @@
 """Calibration check for continuous integration: is ECE, including its uncertainty, below a limit."""
 
 import math
+from bisect import bisect_left
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -137,15 +138,13 @@ def samples_needed(
     rate = 0.5 - math.sqrt(0.25 - pooled)
     tail = (1 - confidence_level) / 2
 
-    def upper_end(size: float) -> float:
+    def upper_end(size: int) -> float:
         radius = float(count_above(np.array(rate * size), size, tail)) / size
-        return (mean + 1.2816 * spread) / math.sqrt(size) + radius
+        return min((mean + 1.2816 * spread) / math.sqrt(size) + radius, 1.0)
 
-    if upper_end(_MOST_SAMPLES) > max_ece:
+    # The upper end falls with the number of samples.
+    needed = bisect_left(range(_MOST_SAMPLES), True, key=lambda fewer: upper_end(fewer + 1) <= max_ece) + 1
+    if needed > _MOST_SAMPLES:
         return None
-    low, high = 0.0, math.log(_MOST_SAMPLES)  # the upper end falls with the number of samples
-    for _ in range(40):
-        middle = (low + high) / 2
-        low, high = (low, middle) if upper_end(math.exp(middle)) <= max_ece else (middle, high)
-    digits = max(int(high / math.log(10)) - 1, 0)
-    return math.ceil(math.exp(high) / 10**digits) * 10**digits
+    rounded = 10 ** max(len(str(needed)) - 2, 0)
+    return math.ceil(needed / rounded) * rounded
