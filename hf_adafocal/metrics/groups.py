@@ -13,11 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from hf_adafocal.metrics.binning import bin_statistics
+from hf_adafocal.metrics.binning import bin_statistics, slope_of_norm
 from hf_adafocal.metrics.intervals import Interval, check_level
 from hf_adafocal.metrics.validation import as_array, check_pairs
 
 _MOST_BINS = 16  # whose signs are tried one by one
+_SMALLEST_TAIL = 1e-150  # of a smaller one SciPy's Student quantile can be wrong, even in sign
 
 
 def count_groups(confidence: Any, correct: Any, groups: Any, edges: np.ndarray) -> np.ndarray:
@@ -83,19 +84,18 @@ def grouped_error_interval(counts: np.ndarray, level: float = 0.95) -> Interval:
     total, bins = sizes.sum(), int(held.sum())
     mean = gaps.sum(axis=0) / total
     rest = gaps - sizes[:, None] * mean  # of each group, for any signs
-    spread = rest.T @ rest * len(counts) / (len(counts) - 1) / total**2
+    # `root @ signs` has the length of `rest @ signs`, the standard error, and at most as many rows as there are bins.
+    root = np.asarray(np.linalg.qr(rest, mode="r")) * math.sqrt(len(counts) / (len(counts) - 1)) / total
     value = float(np.abs(mean).sum())
-    tail = (1 - level) / 2
-    reach = float(stdtrit(len(counts) - 1, 1 - tail))
+    tail, freedom = (1 - level) / 2, len(counts) - 1
+    reach = float(stdtrit(freedom, 1 - tail))
     if bins <= _MOST_BINS:
         signs = np.array(list(product((-1.0, 1.0), repeat=bins)))
-        errors = np.sqrt(np.maximum(np.einsum("sb,bc,sc->s", signs, spread, signs, optimize=True), 0))
-        high = float((signs @ mean + reach * errors).max())
+        high = float((signs @ mean + reach * np.linalg.norm(signs @ root.T, axis=1)).max())
     else:  # the error of a sum is at most the sum of the errors
-        high = value + reach * float(np.sqrt(spread.diagonal()).sum())
-    own = np.where(mean < 0, -1.0, 1.0)
-    smallest = tail / 2.0**bins
-    lowest = -float(stdtrit(len(counts) - 1, smallest)) if smallest > 0 else math.inf
-    error = math.sqrt(max(float(own @ spread @ own), 0.0))
+        high = value + reach * float(np.linalg.norm(root, axis=0).sum())
+    smallest = math.ldexp(tail, -bins)
+    lowest = -float(stdtrit(freedom, smallest)) if smallest > _SMALLEST_TAIL else math.inf
+    error = float(np.linalg.norm(root @ slope_of_norm(mean, "l1")))
     low = value - lowest * error if error > 0 else value
     return Interval(value, min(max(low, 0.0), value), min(max(high, value), 1.0))

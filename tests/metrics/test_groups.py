@@ -1,7 +1,10 @@
 """Intervals of the calibration error of samples that come in groups."""
 
+import itertools
+
 import numpy as np
 import pytest
+import scipy.stats
 
 from hf_adafocal.metrics.binning import equal_width_edges
 from hf_adafocal.metrics.gate import calibration_gate
@@ -19,6 +22,20 @@ def images(number, pixels, spread, shift, seed):
     odds = np.log(confidence / (1 - confidence)) + random.normal(0, spread, (number, 1)) + shift
     correct = random.random((number, pixels)) < 1 / (1 + np.exp(-odds))
     return confidence.ravel(), correct.ravel(), np.arange(number).repeat(pixels)
+
+
+def slow_interval(counts, level, occupied):
+    """Student's interval of a ratio of totals over groups, largest over the signs of the bins, one after the other."""
+    number, tail, total = len(counts), (1 - level) / 2, counts[..., 0].sum()
+    highs, lows = [], []
+    for signs in itertools.product([-1, 1], repeat=counts.shape[1]):
+        signed = [sum(s * (c - hits) for s, (_, hits, c) in zip(signs, group, strict=True)) for group in counts]
+        ratio = sum(signed) / total
+        rest = [d - ratio * sum(n for n, _, _ in group) for d, group in zip(signed, counts, strict=True)]
+        error = np.std(rest, ddof=1) * np.sqrt(number) / total
+        highs.append(ratio + scipy.stats.t.ppf(1 - tail, number - 1) * error)
+        lows.append((ratio, ratio + scipy.stats.t.ppf(tail / 2.0**occupied, number - 1) * error))
+    return max(max(lows)[1], 0), min(max(highs), 1)
 
 
 class TestCountGroups:
@@ -72,6 +89,75 @@ class TestGroupedErrorInterval:
         counts = count_groups([0.5, 0.5], [1, 0], [0, 0], EDGES)
         with pytest.raises(ValueError, match="two of them with samples, found 1"):
             grouped_error_interval(np.concatenate([counts, 0 * counts]))
+
+    @pytest.mark.parametrize(("number", "level"), [(2, 0.95), (3, 0.5), (12, 0.95), (40, 0.8)])
+    def test_its_ends_are_those_of_the_ratio_of_totals_of_every_sign_of_the_bins(self, number, level):
+        counts = count_groups(*images(number, 30, 0.5, -0.7, number), equal_width_edges(9))
+        occupied = (counts[..., 0].sum(axis=0) > 0).sum()
+        assert occupied < 9
+        value, low, high = grouped_error_interval(counts, level)
+        assert value == pytest.approx(np.abs((counts[..., 2] - counts[..., 1]).sum(axis=0)).sum() / number / 30)
+        assert (low, high) == pytest.approx(slow_interval(counts, level, occupied))
+        assert low < value < high
+
+    def test_groups_of_unlike_sizes_weigh_as_their_samples(self):
+        confidence, correct, groups = images(20, 30, 0.5, -0.7, 0)
+        kept = np.random.default_rng(0).random(600) < np.linspace(0.1, 1, 20)[groups]
+        counts = count_groups(confidence[kept], correct[kept], groups[kept], equal_width_edges(7))
+        occupied = (counts[..., 0].sum(axis=0) > 0).sum()
+        assert grouped_error_interval(counts)[1:] == pytest.approx(slow_interval(counts, 0.95, occupied))
+
+    def test_bins_and_groups_without_samples_change_nothing(self):
+        counts = count_groups(*images(6, 30, 0.5, -0.7, 0), equal_width_edges(8))
+        counts[0, :, 1] = 0  # a group whose samples are all wrong, and one of a single wrong sample
+        counts[1], counts[1, 6] = 0, (1, 0, 0.8)
+        more = np.insert(np.insert(counts, 3, 0, axis=0), [0, 0, 5], 0, axis=1)
+        assert grouped_error_interval(more, 0.5) == pytest.approx(grouped_error_interval(counts, 0.5))
+        held = counts[..., 0].sum(axis=0) > 0
+        assert grouped_error_interval(counts, 0.5)[1:] == pytest.approx(slow_interval(counts, 0.5, held.sum()))
+
+    def test_errors_of_bins_that_go_together_give_the_same_ends_from_17_bins_on(self):
+        # Gaps of 1, which vary between the 4 groups, and of 3, which do not, in turn.
+        for bins in (16, 17):
+            counts = np.zeros((4, bins, 3))
+            counts[..., 0], counts[..., 2] = 5, 3
+            counts[:, ::2, 2] = [[1], [0], [2], [1]]
+            gaps = np.where(np.arange(bins) % 2, 3, 1).sum()
+            error = (bins + 1) // 2 * counts[:, 0, 2].std(ddof=1) / 2
+            found = grouped_error_interval(counts, 0.5)
+            assert found.value == pytest.approx(gaps / (5 * bins))
+            expected = (gaps + scipy.stats.t.ppf(0.75, 3) * error) / (5 * bins)
+            assert found.high == pytest.approx(expected)
+            lowest = scipy.stats.t.ppf(0.25 / 2**bins, 3)
+            assert found.low == pytest.approx(max((gaps + lowest * error) / (5 * bins), 0))
+
+    def test_errors_of_bins_that_cancel_are_added_from_17_bins_on(self):
+        for bins in (16, 17):
+            counts = np.zeros((4, bins, 3))
+            counts[..., 0], counts[..., 2] = 5, 2
+            counts[:, :2, 2] += np.array([[0.5, -0.5], [-0.5, 0.5], [1, -1], [-1, 1]])
+            found = grouped_error_interval(counts, 0.5)
+            error = 2 * np.std([0.5, -0.5, 1, -1], ddof=1) / 2 / (5 * bins)
+            assert found.low == pytest.approx(0.4) and found.value == pytest.approx(0.4)
+            assert found.high == pytest.approx(0.4 + scipy.stats.t.ppf(0.75, 3) * error * (bins == 17))
+
+    @pytest.mark.parametrize("bins", [300, 900, 1100])
+    def test_hundreds_of_bins_leave_a_lower_end_of_0_unless_the_groups_agree(self, bins):
+        counts = np.zeros((4, bins, 3))
+        counts[..., 0], counts[..., 2] = 1, 0.5
+        assert grouped_error_interval(counts) == pytest.approx((0.5, 0.5, 0.5))
+        counts[0, :, 2] += 0.25
+        low, high = grouped_error_interval(counts)[1:]
+        assert low == 0 and high > 0.6
+
+    def test_the_ends_stay_in_the_unit_interval(self):
+        counts = np.array([[[10.0, 0, 10]], [[10.0, 0, 10]], [[10.0, 10, 10]]])
+        assert grouped_error_interval(counts) == pytest.approx((2 / 3, 0, 1))
+
+    @pytest.mark.parametrize("level", [0, 1, 95, np.nan])
+    def test_a_level_out_of_range_is_an_error(self, level):
+        with pytest.raises(ValueError, match=f"level must lie strictly between 0 and 1, found {level}"):
+            grouped_error_interval(np.ones((2, 1, 3)), level)
 
 
 class TestGateOfGroups:
