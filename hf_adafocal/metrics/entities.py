@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from hf_adafocal.metrics.scores import calibration_error
-from hf_adafocal.metrics.validation import as_array
+from hf_adafocal.metrics.validation import as_array, checked_chunks
 
 OUTSIDE = "O"
 
@@ -72,7 +72,8 @@ def entity_report(
         `ece` of the predicted entities, absent if there is none; and `f1_TYPE` of each type.
 
     Raises:
-        ValueError: If the shapes do not fit, or a name is not a tag of entities.
+        ValueError: If the shapes do not fit, a label is out of range, a name is not a tag of entities, or the rows of
+            tokens that count are not probabilities.
 
     Source: Tjong Kim Sang and De Meulder 2003, Introduction to the CoNLL-2003 shared task (precision, recall, F1).
 
@@ -87,18 +88,24 @@ def entity_report(
             f"Expected probabilities (N, L, {len(names)}) and labels (N, L), found {probabilities.shape} and "
             f"{labels.shape}."
         )
+    counted = labels != ignore_index
+    if not np.isin(labels[counted], np.arange(len(names))).all():
+        raise ValueError(
+            f"Labels must lie in [0, {len(names)}) or be {ignore_index}, found {np.unique(labels[counted])}."
+        )
+    if counted.any():
+        for _ in checked_chunks(probabilities[counted]):
+            pass
     true: dict[str, int] = {}
     right: dict[str, int] = {}
     guessed: dict[str, int] = {}
     confidence, correct = [], []
-    for row, of_row in zip(probabilities, labels, strict=True):
-        counted = of_row != ignore_index
-        kept = row[counted]
-        chosen = kept.argmax(-1)
-        truth = set(entities_of([names[int(label)] for label in of_row[counted]]))
+    for row, of_row, used in zip(probabilities, labels, counted, strict=True):
+        kept = row[used]
+        truth = set(entities_of([names[int(label)] for label in of_row[used]]))
         for entity in truth:
             true[entity.kind] = true.get(entity.kind, 0) + 1
-        for entity in entities_of([names[int(label)] for label in chosen]):
+        for entity in entities_of([names[label] for label in kept.argmax(-1)]):
             guessed[entity.kind] = guessed.get(entity.kind, 0) + 1
             hit = entity in truth
             right[entity.kind] = right.get(entity.kind, 0) + hit

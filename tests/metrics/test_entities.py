@@ -85,6 +85,19 @@ class TestEntityReport:
         assert found["num_predicted"] == found["num_entities"] == 2 and found["f1"] == 0.5
         assert found["ece"] == pytest.approx((0.9 + 0.4) / 2)  # PER is wrong at 0.9, LOC right at 0.8 * 0.75
 
+    def test_a_type_that_is_only_there_or_only_predicted_has_an_f1_of_0(self):
+        p = np.eye(5)[[[1, 0, 0]]]  # LOC, O, O
+        for labels, kinds in (([[0, 3, 0]], ["LOC", "PER"]), ([[1, 3, 0]], ["LOC", "PER"]), ([[0, 0, 3]], None)):
+            found = entity_report(p, labels, NAMES)
+            assert found["f1_PER"] == 0 and found["f1_LOC"] == (labels[0][0] == 1)
+            assert kinds is None or [name for name in found if name.startswith("f1_")] == [f"f1_{k}" for k in kinds]
+            assert {type(number) for number in found.values()} == {float}
+
+    def test_tags_that_rounding_puts_above_1_make_no_entity_surer_than_1(self):
+        p = np.zeros((1, 3, 5))
+        p[0, [0, 1, 2], [3, 4, 4]] = 1.004  # together 1.012
+        assert entity_report(p, [[3, 4, 4]], NAMES)["ece"] == 0
+
     def test_what_is_ignored_changes_nothing(self):
         probabilities, labels = batch(1)
         changed = probabilities.copy()
@@ -100,3 +113,15 @@ class TestEntityReport:
     def test_shapes_that_do_not_fit_are_an_error(self):
         with pytest.raises(ValueError, match=r"probabilities \(N, L, 5\)"):
             entity_report(np.zeros((2, 3, 4)), np.zeros((2, 3), dtype=int), NAMES)
+
+    @pytest.mark.parametrize("label", [-1, 5])
+    def test_a_label_out_of_range_is_an_error(self, label):
+        with pytest.raises(ValueError, match=rf"must lie in \[0, 5\) or be -100, found \[ *{label}"):
+            entity_report(np.eye(5)[[[0, 1]]], [[label, -100]], NAMES)
+
+    def test_logits_of_counted_tokens_are_an_error_and_those_of_ignored_ones_are_not_looked_at(self):
+        logits = np.array([[[1.0, 0, 0, 0, 0], [7.0, -3, 1, 0, 0]]])
+        assert entity_report(logits, [[0, -100]], NAMES)["num_entities"] == 0
+        assert entity_report(logits, [[-100, -100]], NAMES)["num_predicted"] == 0
+        with pytest.raises(ValueError, match="look like logits"):
+            entity_report(logits, [[0, 1]], NAMES)
