@@ -176,17 +176,17 @@ def _metrics(counts: DenseCounts, signs: dict[str, np.ndarray] | None = None) ->
     foreground = counts.foreground_bins.sum(axis=0)
     if foreground[:, 0].any():
         found["foreground_ece"] = _ece(foreground, signs.get("foreground_ece"))
-    per_image = [_ece(bins) for bins in counts.bins if bins[:, 0].any()]
-    found["image_ece"] = float(np.mean(per_image))
+    sizes, gaps = counts.bins[..., 0].sum(axis=1), np.abs(counts.bins[..., 2] - counts.bins[..., 1]).sum(axis=1)
+    found["image_ece"] = float((gaps[sizes > 0] / sizes[sizes > 0]).mean())
     both, chosen, true = np.moveaxis(counts.overlap.sum(axis=0), -1, 0)
-    present = chosen + true > 0
-    dice, iou = np.full(len(both), np.nan), np.full(len(both), np.nan)
-    dice[present] = 2 * both[present] / (chosen + true)[present]
-    iou[present] = both[present] / (chosen + true - both)[present]
-    if present[1:].any():
-        found |= {"dice": float(np.nanmean(dice[1:])), "iou": float(np.nanmean(iou[1:]))}
-    for kind in np.flatnonzero(present):
-        found |= {f"dice_{kind}": float(dice[kind]), f"iou_{kind}": float(iou[kind])}
+    present = np.flatnonzero(chosen + true)
+    both, total = both[present], (chosen + true)[present]
+    dice, iou = 2 * both / total, both / (total - both)
+    objects = present != BACKGROUND
+    if objects.any():
+        found |= {"dice": float(dice[objects].mean()), "iou": float(iou[objects].mean())}
+    for kind, overlap, ratio in zip(present, dice, iou, strict=True):
+        found |= {f"dice_{kind}": float(overlap), f"iou_{kind}": float(ratio)}
     if counts.betti_error is not None:
         errors = counts.betti_error.sum(axis=1).mean(axis=0)
         found |= {f"betti_{dimension}_error": float(error) for dimension, error in enumerate(errors)}
