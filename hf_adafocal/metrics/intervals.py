@@ -150,7 +150,7 @@ def classwise_error_interval(probabilities: Any, labels: Any, num_bins: int = 15
     low, high = _signed_bounds(gaps.ravel(), np.zeros_like(hits), hits, occupied, size, 2, tail)
     value = mean_class_error(gaps, size)
     low, high = low / (size * classes), high / (size * classes)
-    return Interval(value, min(max(low, 0.0), value), min(max(high, value), 2 / classes, 1.0))
+    return Interval(value, min(max(low, 0.0), value), min(max(high, value), 1.0))
 
 
 def check_level(level: float) -> None:
@@ -174,7 +174,7 @@ def count_above(count: np.ndarray, size: Any, tail: float) -> np.ndarray:
     from scipy.special import betaincinv  # here: importing the metrics needs numpy alone
 
     rest = np.maximum(size - count, np.finfo(float).tiny)
-    bound = size * np.where(count < size, betaincinv(count + 1.0, rest, 1 - tail), 1)
+    bound = size * np.where(count < size, 1 - betaincinv(rest, count + 1.0, tail), 1)
     # Hoeffding's theorem asks for a mean of at least count + 1; if all events but one are seen the union bound holds.
     return np.where(count == size - 1, np.maximum(bound, size - tail), bound) - count
 
@@ -241,8 +241,8 @@ def _signed_bounds(
     log_tail = math.log(tail) - occupied * math.log(2)
     # No bound is farther from the count than Hoeffding's inequality (1963) says, so most counts need no quantile.
     reach = weight * np.sqrt(np.array([-math.log(tail), -log_tail]) * size / 2)
-    counts = np.flatnonzero(best >= best.max() - reach[0] - weight)
+    counts = np.flatnonzero(best >= best.max() - reach[0])
     high = (best[counts] + weight * count_above(counts, size, tail)).max()
-    counts = np.flatnonzero(best >= best.max() - reach[1] - weight)
+    counts = np.flatnonzero(best >= best.max() - reach[1])
     low = (best[counts] - weight * _count_below(counts, size, log_tail)).max()
     return float(low), float(high)

@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import scipy.stats
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from hf_adafocal.metrics.binning import binned
@@ -12,6 +12,7 @@ from hf_adafocal.metrics.classwise import classwise_calibration_error
 from hf_adafocal.metrics.intervals import (
     Interval,
     _count_below,
+    _signed_bounds,
     calibration_error_interval,
     classwise_error_interval,
     count_above,
@@ -77,6 +78,44 @@ def test_counts_have_the_exact_bounds_of_their_mean(size, tail):
     low, high = events - _count_below(events, size, math.log(tail)), events + count_above(events, size, tail)
     expected = np.array([clopper_pearson(count, size, tail) for count in events])
     np.testing.assert_allclose(np.column_stack([low, high]), expected, rtol=1e-9)
+
+
+def test_below_the_smallest_tail_a_count_is_bounded_by_hoeffding():
+    # exp(-700) is a number and exp(-800) is 0: sqrt(700 * 1000 / 2) = 591.6, sqrt(800 * 1000 / 2) = 632.5
+    for log_tail, reach in ((-700.0, 591.608), (-800.0, 632.456)):
+        assert _count_below(np.array([0.0, 3.0, 900.0]), 1000, log_tail) == pytest.approx([0, 3, reach])
+
+
+@given(
+    bins=st.lists(
+        st.tuples(st.floats(-1, 1), st.integers(0, 3), st.integers(0, 3)).map(
+            lambda part: (part[0] * (part[1] + part[2]), part[1], part[2])
+        ),
+        min_size=1,
+        max_size=4,
+    ),
+    weight=st.sampled_from([1, 2]),
+    tail=st.sampled_from([1e-12, 0.025, 0.25, 0.45]),
+)
+@settings(max_examples=100)
+@example(bins=[(-0.4, 0, 1)], weight=1, tail=0.025)
+def test_bounds_of_signed_sums_are_those_of_each_sign_in_turn(bins, weight, tail):
+    gaps, positive, negative = (np.array(part) for part in zip(*bins, strict=True))
+    size = max(int((positive + negative).sum()), 1)
+    found = _signed_bounds(gaps, positive, negative, len(gaps), size, weight, tail)
+    expected = slow_signed_bounds(gaps, positive, negative, len(gaps), size, weight, tail)
+    assert found == pytest.approx(expected, abs=1e-9)
+
+
+@pytest.mark.parametrize("weight", [1, 2])
+@pytest.mark.parametrize("part", [0.5, 0.7, 0.8, 0.85, 0.9, 0.95])
+def test_a_sum_far_below_the_largest_can_have_the_largest_bound(weight, part):
+    # Right samples of one bin are events of its negative sign, wrong ones of the other bin of its positive sign. The
+    # largest sum counts all 200 events and has nothing above it; half as many events leave room for many more.
+    tail = 1e-30
+    away = part * weight * math.sqrt(-math.log(tail) * 100)
+    arguments = (np.array([-50.0, away / 2]), np.array([0, 100]), np.array([100, 0]), 2, 200, weight, tail)
+    assert _signed_bounds(*arguments) == pytest.approx(slow_signed_bounds(*arguments))
 
 
 class TestCalibrationErrorInterval:
@@ -235,6 +274,25 @@ class TestCalibrationErrorInterval:
         found = calibration_error_interval(confidence, generator.random(2000) < confidence, 2000)
         assert found.low == 0 and found.value > 0.2
 
+    def test_the_lower_end_of_a_thousand_bins_is_that_of_hoeffding(self):
+        confidence = np.repeat((np.arange(1000) + 0.5) / 1000, 20)  # always wrong: a mean gap of .5
+        found = calibration_error_interval(confidence, np.zeros(20_000), 1000)
+        log_tail = math.log(0.025) - 1000 * math.log(2)
+        assert found.value == pytest.approx(0.5)
+        assert found.low == pytest.approx(0.5 - math.sqrt(-log_tail / 2 / 20_000))
+
+    def test_the_normal_lower_end_of_a_thousand_bins_has_the_quantile_of_a_tail_that_exp_cannot_tell_from_0(self):
+        # Half of the samples are right at 0.5 as often as not, the others never at 0.9 and more: residuals of variance
+        # above 1/4, for which the normal bound is farther away than the one of Hoeffding.
+        confidence = np.repeat(np.concatenate([10_000.5 + np.arange(500), 19_000.5 + np.arange(500)]) / 20_000, 20)
+        correct = np.concatenate([np.tile([0, 1], 5000), np.zeros(10_000)])
+        found = calibration_error_interval(confidence, correct, 20_000)
+        value = (np.abs(confidence[:10_000] - 0.5).sum() + confidence[10_000:].sum()) / 20_000
+        variance = ((confidence - correct) ** 2).mean() - value**2
+        quantile = math.sqrt(2 * (1000 * math.log(2) - math.log(0.025)))
+        assert variance > 0.25 and found.value == pytest.approx(value)
+        assert found.low == pytest.approx(value - quantile * math.sqrt(variance / 20_000))
+
     def test_its_numbers_are_plain_floats(self):
         for norm in NORMS:
             found = calibration_error_interval(np.array([0.2, 0.9], dtype=np.float32), [0, 1], norm=norm)
@@ -316,6 +374,19 @@ class TestClasswiseErrorInterval:
         labels = np.array([generator.choice(1000, p=row) for row in probabilities])
         found = classwise_error_interval(probabilities, labels)
         assert found.low == 0 < found.value < found.high < 2 / 1000
+
+    def test_a_bin_counts_as_occupied_where_its_gap_equals_its_hits(self):
+        # Class 0: 400 probabilities of .5 and 100 hits, a gap of 100. Class 1: 300 hits, a gap of -100.
+        found = classwise_error_interval(np.full((400, 2), 0.5), np.arange(400) % 4 > 0)
+        below = 300 - clopper_pearson(300, 400, 0.025 / 2**4)[0]  # two bins of each class: the first one counts always
+        assert found.low == pytest.approx((200 - 2 * below) / 800) and found.low > 0
+
+    def test_one_class_has_an_error_of_1_at_most(self):
+        assert classwise_error_interval([[1.0]], [0]) == (0, 0, 1)
+
+    def test_rows_that_sum_to_a_little_more_than_1_have_ends_on_both_sides_of_the_value(self):
+        found = classwise_error_interval([[0.504, 0.5, 0.0]], [2])  # (.504 + .5 + 1) / 3
+        assert found.low <= found.value <= found.high and found.value == pytest.approx(2.004 / 3)
 
     def test_a_sure_model_that_is_always_wrong_is_found_out(self):
         found = classwise_error_interval(np.tile([1.0, 0.0], (500, 1)), np.ones(500, dtype=int))
