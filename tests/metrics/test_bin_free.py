@@ -289,6 +289,11 @@ class TestSmoothCalibrationError:
     def test_residuals_of_both_signs_at_one_confidence_cancel(self):
         assert smooth_calibration_error([0.5, 0.5], [0, 1]) == pytest.approx(0, abs=1e-12)
 
+    @pytest.mark.parametrize("wrong", [0, 1])
+    def test_of_sure_and_always_wrong_samples_it_is_1_whatever_the_sum_is_rounded_to(self, wrong):
+        found = [smooth_calibration_error(np.full(n, 1.0 - wrong), np.full(n, wrong)) for n in range(9, 40)]
+        assert max(found) == 1 and min(found) == pytest.approx(1, abs=1e-12)
+
 
 class TestCorpDecomposition:
     @given(pairs=PAIRS)

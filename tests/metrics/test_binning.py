@@ -167,6 +167,22 @@ class TestBinStatistics:
         stats = bin_statistics([0.9], [0], equal_width_edges(2))
         assert (stats.count[0], stats.confidence[0], stats.accuracy[0], stats.gap[0]) == (0, 0, 0, 0)
 
+    def test_empty_bins_at_the_end_are_counted_too(self):
+        stats = bin_statistics([0.1, 0.2], [1, 0], equal_width_edges(4))
+        assert stats.count.tolist() == [2, 0, 0, 0] and stats.gap.tolist() == pytest.approx([-0.35, 0, 0, 0])
+
+    @pytest.mark.parametrize("num_bins", [63, 64, 65, 66, 255, 256, 257, 300, 1000])
+    def test_hundreds_of_bins_equal_the_slow_loop(self, num_bins):
+        generator = np.random.default_rng(num_bins)
+        confidence, correct = generator.random(100), generator.random(100) < 0.5
+        confidence[:3] = 0, 1, 1 / num_bins
+        stats = bin_statistics(confidence, correct, equal_width_edges(num_bins))
+        count, mean, accuracy = zip(*reference.bins(confidence, correct, equal_width_edges(num_bins)), strict=True)
+        assert stats.count.tolist() == list(count)
+        assert stats.confidence == pytest.approx(np.array(mean)) and stats.accuracy == pytest.approx(
+            np.array(accuracy)
+        )
+
     def test_fewer_samples_than_bins_give_no_nan(self):
         stats = bin_statistics([0.4, 0.6], [1, 0], equal_mass_edges([0.4, 0.6], 15))
         assert stats.count.sum() == 2
@@ -239,6 +255,18 @@ class TestNorms:
         steps = 1e-6 * np.eye(3)
         expected = [(vector_norm(values + d, norm) - vector_norm(values - d, norm)) / 2e-6 for d in steps]
         assert slope_of_norm(values, norm) == pytest.approx(expected, abs=1e-6)
+
+    @pytest.mark.parametrize("norm", ["l1", "l2", "max"])
+    def test_each_of_several_rows_of_bins_is_weighed_by_its_own_samples(self, norm):
+        gaps, counts = np.array([self.GAP, [0.5, 0.25, -0.125]]), np.array([self.COUNT, [1, 1, 6]])
+        found = weighted_gaps(gaps, counts, norm)
+        assert found.shape == (2, 3)
+        for row, gap, count in zip(found, gaps, counts, strict=True):
+            assert row == pytest.approx(weighted_gaps(gap, count, norm))
+
+    @pytest.mark.parametrize(("norm", "expected"), [("l1", [1, 1, -1]), ("l2", [0.6, 0, -0.8]), ("max", [0, 0, -1])])
+    def test_the_slope_at_a_bin_without_a_gap_is_that_of_its_norm(self, norm, expected):
+        assert slope_of_norm(np.array([0.3, 0.0, -0.4]), norm) == pytest.approx(expected)
 
     @pytest.mark.parametrize(("norm", "expected"), [("l1", [1, 1]), ("l2", [0.5**0.5, 0.5**0.5]), ("max", [1, 0])])
     def test_without_any_gap_the_slope_is_not_0(self, norm, expected):

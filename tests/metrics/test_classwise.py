@@ -6,7 +6,11 @@ from hypothesis import strategies as st
 
 from hf_adafocal.metrics import classwise
 from hf_adafocal.metrics.binning import equal_width_edges
-from hf_adafocal.metrics.classwise import class_adaptive_calibration_error, classwise_calibration_error
+from hf_adafocal.metrics.classwise import (
+    add_class_gaps,
+    class_adaptive_calibration_error,
+    classwise_calibration_error,
+)
 from hf_adafocal.metrics.scores import binary_expected_calibration_error, softmax
 
 
@@ -90,6 +94,21 @@ class TestClasswiseCalibrationError:
         labels = np.array([1, 1, 0, 1])
         expected = reference.classwise_calibration_error(probabilities.tolist(), labels, num_bins)
         assert classwise_calibration_error(probabilities, labels, num_bins) == pytest.approx(expected, abs=1e-12)
+
+
+class TestAddClassGaps:
+    @pytest.mark.parametrize("dtype", [np.float32, np.float64])
+    def test_each_gap_is_that_of_its_class_and_bin(self, dtype):
+        probabilities, labels = predictions(80, classes=4)
+        probabilities = probabilities.astype(dtype)
+        expected = np.ones((4, 10))  # what is there stays
+        for row, label in zip(probabilities.tolist(), labels, strict=True):
+            for k, p in enumerate(row):
+                place = next(b for b in range(10) if p <= (b + 1) / 10)
+                expected[k, place] += p - (k == label)
+        found = np.ones((4, 10))
+        add_class_gaps(found, probabilities, probabilities.astype(np.float64), labels, equal_width_edges(10))
+        np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
 class TestClassAdaptiveCalibrationError:

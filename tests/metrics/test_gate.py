@@ -1,3 +1,4 @@
+import math
 import subprocess
 import sys
 
@@ -81,6 +82,10 @@ class TestCalibrationGate:
             "no number of samples suffices for this limit"
         )
 
+    def test_a_limit_at_the_upper_end_passes_without_a_word_about_more_samples(self):
+        high = calibration_gate(*pairs(200), max_ece=1).interval.high
+        assert calibration_gate(*pairs(200), max_ece=high).message.endswith(f"is within the limit {high:g}")
+
     def test_few_samples_without_an_error_do_not_pass(self):
         found = calibration_gate(np.full(20, 0.98), np.ones(20), max_ece=0.03)
         assert not found.passed and found.interval.low == 0 and found.interval.high > 0.14
@@ -101,7 +106,7 @@ class TestCalibrationGate:
         assert calibration_gate(*pairs(), max_ece=limit, confidence_level=0.5).passed
         assert not calibration_gate(*pairs(), max_ece=limit, confidence_level=0.99).passed
 
-    @pytest.mark.parametrize("limit", [-0.01, 3, np.nan])
+    @pytest.mark.parametrize("limit", [-0.01, 1.01, 3, np.nan])
     def test_a_limit_that_is_no_fraction_is_an_error(self, limit):
         with pytest.raises(ValueError, match=rf"fraction in \[0, 1\], found {limit}; 0.03 stands for 3 %"):
             calibration_gate(*pairs(), max_ece=limit)
@@ -160,6 +165,22 @@ class TestSamplesNeeded:
         # without an error (1 - limit)^n <= .025
         needed = samples_needed([1.0], max_ece=0.03)
         assert 0.97 ** (needed * 0.9) > 0.025 > 0.97 ** (needed * 1.1)
+
+    @pytest.mark.parametrize("limit", [0.976, 0.6, 0.5, 0.45, 0.3])
+    def test_few_certain_confidences_are_counted_one_by_one(self, limit):
+        smallest = next(n for n in range(1, 20) if 0.025 ** (1 / n) >= 1 - limit)
+        assert samples_needed([1.0], max_ece=limit) == smallest
+
+    @pytest.mark.parametrize(("limit", "expected"), [(0.0354, 110), (0.0032, 1200), (0.0029, 1300), (3e-5, 130_000)])
+    def test_a_number_is_rounded_up_to_two_digits(self, limit, expected):
+        exact = math.log(0.025) / math.log1p(-limit)
+        assert 0 < expected - exact < 10 ** (len(str(expected)) - 2)
+        assert samples_needed([1.0], max_ece=limit) == expected
+
+    @pytest.mark.parametrize("confidence", [[1.0], [0.75], [0.1, 0.5, 0.9]])
+    def test_any_number_of_samples_meets_a_limit_of_1(self, confidence):
+        assert samples_needed(confidence, max_ece=1) == 1
+        assert calibration_gate([0.75], [0], max_ece=1).passed
 
     def test_it_is_the_number_that_the_simulation_was_run_with(self):
         assert samples_needed([0.99] * 9 + [0.55], max_ece=0.03) == 840  # model_cards/gate.md: 92 of 100 passed

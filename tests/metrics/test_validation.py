@@ -138,6 +138,17 @@ class TestRowSums:
         with pytest.raises(ValueError, match=r"look like logits: pass softmax\(logits\)"):
             metric([row, [0.5, 0.5]], [0, 1])
 
+    def test_a_value_above_1_that_others_below_0_make_up_for_is_called_logits(self):
+        with pytest.raises(
+            ValueError, match=r"reach from -0\.004 to 1\.016 and row 0 sums to 1\. These look like logits"
+        ):
+            calibration_report([[1.016, -0.004, -0.004, -0.004, -0.004]], [0])
+
+    @pytest.mark.parametrize("row", [[0.999, 0.5], [1.0, 0.0625], [0.25, 0.25]])
+    def test_rows_within_the_unit_interval_that_do_not_sum_to_1_are_not_called_logits(self, row):
+        with pytest.raises(ValueError, match="pass normalize=True"):
+            calibration_report([row], [0])
+
 
 class TestRounding:
     """Means and products of probabilities are rounded: what they miss [0, 1] by is cut off, by one tolerance."""
