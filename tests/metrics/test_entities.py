@@ -124,4 +124,4 @@ class TestEntityReport:
         assert entity_report(logits, [[0, -100]], NAMES)["num_entities"] == 0
         assert entity_report(logits, [[-100, -100]], NAMES)["num_predicted"] == 0
         with pytest.raises(ValueError, match="look like logits"):
-            entity_report(logits, [[0, 1]], NAMES)
+            entity_report(logits, [[-100, 1]], NAMES)

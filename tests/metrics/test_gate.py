@@ -190,6 +190,12 @@ class TestSamplesNeeded:
         assert 5e8 < samples_needed([0.75], max_ece=5e-5) < 1e9
         assert samples_needed([0.75], max_ece=4e-5) is None
 
+    def test_the_largest_number_that_is_tried_is_found(self, monkeypatch):
+        limit = 1 - 0.025 ** (1 / 50)  # which 50 certain samples meet and 49 do not
+        for most, expected in ((51, 50), (50, 50), (49, None)):
+            monkeypatch.setattr("hf_adafocal.metrics.gate._MOST_SAMPLES", most)
+            assert samples_needed([1.0], max_ece=limit + 1e-9) == expected
+
     def test_no_number_suffices_for_a_limit_of_0(self):
         assert samples_needed([0.75], max_ece=0) is None
 
