@@ -2,10 +2,11 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers.modeling_outputs import SemanticSegmenterOutput, TokenClassifierOutput
 
 from hf_adafocal.losses import LOSSES, CombinedLoss, CrossEntropyLoss
-from hf_adafocal.losses.layout import classes_last, classes_second, resized
+from hf_adafocal.losses.layout import classes_last, classes_second, is_single, resized
 
 
 class TestClasses:
@@ -32,14 +33,37 @@ class TestClasses:
 
     def test_small_dense_logits_are_interpolated_to_the_labels(self):
         logits, labels = torch.randn(2, 3, 4, 4), torch.zeros(2, 8, 8, dtype=torch.long)
-        expected = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
+        expected = F.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
         assert torch.equal(classes_second(logits, labels)[0], expected)
         assert torch.equal(classes_last(logits, labels), expected.movedim(1, -1))
 
     def test_volumes_are_interpolated_too(self):
         logits, labels = torch.randn(1, 2, 3, 3, 3), torch.zeros(1, 6, 6, 6, dtype=torch.long)
-        expected = torch.nn.functional.interpolate(logits, size=(6, 6, 6), mode="trilinear", align_corners=False)
+        expected = F.interpolate(logits, size=(6, 6, 6), mode="trilinear", align_corners=False)
         assert torch.equal(classes_last(logits, labels), expected.movedim(1, -1))
+
+
+class TestSingleLogits:
+    """A single logit is that of the positive one of two classes."""
+
+    @pytest.mark.parametrize("shape", [(6, 1), (2, 5, 1), (2, 1, 4, 5), (2, 1, 3, 4, 2), (1, 1, 1, 1)], ids=str)
+    def test_losses_are_those_of_the_sigmoid(self, shape):
+        logits = torch.randn(shape)
+        labels = torch.randint(2, shape[:-1] if len(shape) < 4 else (shape[0], *shape[2:]))
+        expected = F.binary_cross_entropy_with_logits(logits.reshape(labels.shape), labels.float())
+        torch.testing.assert_close(F.cross_entropy(*classes_second(logits, labels)), expected)
+        last = classes_last(logits, labels)
+        assert last.shape == (*labels.shape, 2) and is_single(logits)
+        torch.testing.assert_close(F.cross_entropy(last.reshape(-1, 2), labels.reshape(-1)), expected)
+
+    @pytest.mark.parametrize(
+        "shape", [(6, 2), (1, 2), (2, 1, 5), (2, 3, 4, 1), (2, 2, 1, 1), (1, 2, 1, 1, 1)], ids=str
+    )
+    def test_a_single_sample_token_or_pixel_is_none(self, shape):
+        logits = torch.randn(shape)
+        labels = torch.zeros(shape[:-1] if len(shape) < 4 else (shape[0], *shape[2:]), dtype=torch.long)
+        assert not is_single(logits)
+        assert classes_second(logits, labels)[0].numel() == classes_last(logits, labels).numel() == logits.numel()
 
 
 class TestOutputsOfModels:
@@ -47,17 +71,17 @@ class TestOutputsOfModels:
 
     def test_tokens_have_their_classes_last_also_where_there_are_as_many_tokens_as_classes(self):
         logits, labels = torch.randn(2, 4, 4), torch.tensor([[0, 1, 2, 3], [3, -100, -100, 1]])
-        expected = torch.nn.functional.cross_entropy(logits.reshape(8, 4), labels.reshape(8))
+        expected = F.cross_entropy(logits.reshape(8, 4), labels.reshape(8))
         for loss in (CrossEntropyLoss(), CombinedLoss("mmce", auxiliary_weight=0.0)):
             torch.testing.assert_close(loss(TokenClassifierOutput(logits=logits), labels), expected)
 
     def test_small_dense_logits_are_resized_to_the_labels(self):
         logits, labels = torch.randn(2, 3, 2, 2), torch.randint(0, 3, (2, 8, 8))
-        resized = torch.nn.functional.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
+        resized = F.interpolate(logits, size=(8, 8), mode="bilinear", align_corners=False)
         found = CrossEntropyLoss()(SemanticSegmenterOutput(logits=logits), labels)
-        torch.testing.assert_close(found, torch.nn.functional.cross_entropy(resized, labels))
+        torch.testing.assert_close(found, F.cross_entropy(resized, labels))
 
     def test_a_tensor_has_them_second_as_for_pytorchs_losses(self):
         logits, labels = torch.randn(2, 3, 5), torch.randint(0, 3, (2, 5))
-        expected = torch.nn.functional.cross_entropy(logits, labels)
+        expected = F.cross_entropy(logits, labels)
         torch.testing.assert_close(LOSSES["cross_entropy"]()(logits, labels), expected)

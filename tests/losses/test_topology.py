@@ -151,6 +151,18 @@ class TestCripser:
                     assert sorted(map(tuple, one.tolist())) == sorted(map(tuple, other.tolist()))
         assert topology._library() is pairs_of_cripser
 
+    @pytest.mark.parametrize("construction", ["V", "T"])
+    def test_of_equal_values_it_finds_the_same_births_and_deaths(self, construction):
+        pytest.importorskip("cripser")
+        for seed in range(40):
+            volume = np.random.default_rng(seed).integers(4, size=SHAPES[seed % 4]) / 4
+            (ours, our_root), (theirs, root) = (
+                find(volume, construction) for find in (pairs_of_cripser, pairs_of_gudhi)
+            )
+            assert volume.flat[our_root] == volume.flat[root] == volume.min()
+            for one, other in zip(ours, theirs, strict=True):
+                assert sorted(volume.flat[one].tolist()) == sorted(volume.flat[other].tolist())
+
     def test_without_it_gudhi_does(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cripser", None)
         assert topology._library() is pairs_of_gudhi
