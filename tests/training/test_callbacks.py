@@ -234,6 +234,12 @@ class TestWhatItKeeps:
             assert alone.updates_after("eval", 1) == 1
         assert "was not saved by a run with AdaFocalCallback" not in warnings.text
 
+    def test_a_checkpoint_without_them_starts_afresh_from_its_step_and_says_so(self, tmp_path, warnings):
+        alone = Alone(tmp_path, 1)
+        alone.call("on_train_begin")
+        assert alone.callback.history == [{"step": 1, "gammas": [1.0]}]
+        assert "checkpoint of step 1 was not saved by a run with AdaFocalCallback" in warnings.text
+
     def test_a_checkpoint_brings_them_back_and_the_next_update_follows(self, tmp_path):
         alone = Alone(tmp_path, 4)
         alone.state.stateful_callbacks[STATE_KEY] = saved = copy.deepcopy(self.SAVED)
