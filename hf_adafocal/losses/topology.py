@@ -166,9 +166,8 @@ def pairs_of_cripser(volume: np.ndarray, construction: str) -> Pairs:
         for first in (0, 3)
     ]
     never = death > volume.max()
-    kept = ~never & (volume.reshape(-1)[ends[0]] < volume.reshape(-1)[ends[1]])
     indices = np.stack(ends, axis=-1)
-    pairs = [indices[kept & (dimension == index)] for index in range(volume.ndim)]
+    pairs = [indices[~never & (dimension == index)] for index in range(volume.ndim)]
     return pairs, ends[0][never & (dimension == 0)]
 
 
