@@ -45,10 +45,12 @@ def gradient(loss, logits):
 
 
 def assert_golden(case, name, loss_fn):
-    logits = torch.tensor(case["logits"], requires_grad=True)
+    """Compare in float64, so that only the file has the rounding of float32: up to 2.2e-7 in gradients."""
+    logits = torch.tensor(case["logits"], dtype=torch.float64, requires_grad=True)
     loss = loss_fn(logits, torch.tensor(case["labels"]))
     assert loss.item() == pytest.approx(case[name]["value"], rel=1e-5)
-    torch.testing.assert_close(gradient(loss, logits), torch.tensor(case[name]["grad"]), rtol=1e-5, atol=1e-7)
+    expected = torch.tensor(case[name]["grad"], dtype=torch.float64)
+    torch.testing.assert_close(gradient(loss, logits), expected, rtol=1e-5, atol=3e-7)
 
 
 def moved(loss_fn, classes=6):
