@@ -7,18 +7,17 @@ import io
 import json
 import os
 import random
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
 import hypothesis
 import numpy as np
 import pytest
-import torch
 from local_hub import LocalHub
 from PIL import Image
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # read by torch, here and in the processes that tests start
 gc.disable()  # until the tests are collected
 hypothesis.settings.register_profile("repeatable", deadline=None, derandomize=True, max_examples=60)
 hypothesis.settings.load_profile("repeatable")
@@ -36,6 +35,16 @@ def pytest_collection_finish():
     gc.enable()
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """The tests of a file go to one process, where they share its fixtures; files start in the order below."""
+    if config.option.dist == "load":
+        from xdist.scheduler import LoadFileScheduling
+
+        config.option.loadscopereorder = False
+        return LoadFileScheduling(config, log)
+
+
 def pytest_collection_modifyitems(items):
     """Modules that fork go first: once a compiled loss has run backward, autograd refuses to run in a fork."""
     items.sort(key=lambda item: not hasattr(getattr(item, "module", None), "debug_launcher"))
@@ -48,11 +57,22 @@ def imports_out_of_garbage_collections():
     gc.freeze()
 
 
+@pytest.fixture(scope="session", autouse=True)
+def packages_are_looked_for_once():
+    """In each step accelerate asks four times for an optimizer's package that is not installed."""
+    if imports := sys.modules.get("accelerate.utils.imports"):
+        imports._is_package_available = functools.cache(imports._is_package_available)
+
+
 @pytest.fixture(autouse=True)
 def seed():
+    import torch  # late: the process that hands tests to workers of xdist does without
+
     random.seed(0)
     np.random.seed(0)
-    torch.manual_seed(0)
+    torch.default_generator.manual_seed(0)  # `torch.manual_seed` formats the stack for every kind of device
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(0)
 
 
 @pytest.fixture(scope="module")

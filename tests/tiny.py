@@ -1,5 +1,8 @@
 """Models and data small enough for a test to train them."""
 
+import copy
+import functools
+
 import numpy as np
 import torch
 from datasets import ClassLabel, Dataset, Features, Sequence, Value
@@ -12,6 +15,11 @@ NUM_CLASSES, LENGTH, VOCABULARY = 3, 8, 40
 
 def token_dataset(size: int = 48, seed: int = 0) -> Dataset:
     """Sequences whose first token mostly tells the class, so that a model can learn and still errs."""
+    return copy.copy(_tokens(size, seed))  # formats are set in place, the table is never changed
+
+
+@functools.cache
+def _tokens(size: int, seed: int) -> Dataset:
     generator = np.random.default_rng(seed)
     labels = np.arange(size) % NUM_CLASSES
     tokens = generator.integers(10, VOCABULARY, (size, LENGTH))

@@ -1,3 +1,4 @@
+import gc
 import warnings
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 from datasets import Dataset, Features, IterableDataset, Sequence, Value
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
+from torch.utils.data.dataloader import _MultiProcessingDataLoaderIter
 from transformers import (
     BertConfig,
     BertForTokenClassification,
@@ -242,6 +244,8 @@ class TestEvaluation:
                 assert found["eval_nll"] == expected.evaluate(data)["eval_nll"]
         run.train()
         assert updates(run) == [6] and run.calibration_statistics().count.sum() == 30
+        for iterator in [found for found in gc.get_objects() if type(found) is _MultiProcessingDataLoaderIter]:
+            iterator._shutdown_workers()  # as garbage of a cycle each would wait five seconds
 
     def test_a_streamed_set_is_evaluated(self, tmp_path):
         data = tiny.token_dataset(21, seed=3)
