@@ -120,9 +120,9 @@ class TestDenseMetrics:
     def test_an_image_of_a_single_counted_pixel_counts_in_the_mean_over_images(self):
         labels = np.array([[[1, -100]], [[1, 1]]])
         found = dense_metrics(
-            count_dense(np.array([[[0.5, 0.9]], [[0.75, 0.75]]]), np.ones((2, 1, 2), int), labels, 2)
+            count_dense(np.array([[[0.625, 0.9]], [[0.75, 0.75]]]), np.ones((2, 1, 2), int), labels, 2)
         )
-        assert found["image_ece"] == pytest.approx((0.5 + 0.25) / 2)
+        assert found["image_ece"] == pytest.approx((0.375 + 0.25) / 2)
 
     def test_rows_of_pixels_are_taken_and_single_pixels_are_not(self):
         confidence, predicted, labels = predictions(shape=(40,))
