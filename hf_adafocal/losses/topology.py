@@ -158,6 +158,9 @@ def pairs_of_cripser(volume: np.ndarray, construction: str) -> Pairs:
     """Find the same cells with cripser, which is several times faster and under the GPL; as `pairs_of_gudhi`."""
     from cripser import compute_ph
 
+    if volume.ndim == 2 and 1 in volume.shape:  # of an image of one row or column it misses minima, of a volume not
+        pairs, roots = pairs_of_cripser(volume[None], construction)
+        return pairs[:2], roots
     found = compute_ph(volume, filtration=construction, maxdim=volume.ndim - 1)
     dimension, death = found[:, 0].astype(np.int64), found[:, 2]
     places = found[:, 3:].astype(np.int64)

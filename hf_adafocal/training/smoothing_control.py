@@ -215,5 +215,5 @@ def measure_slice(trainer: "AdaFocalTrainer", indices: np.ndarray) -> Tensor:
                 outputs = trainer.model_wrapped(**trainer.conventions.inputs(batch))
             logits = classes_last(logits_of(outputs, type(trainer.model).__name__), targets)
             sums.append(temperature_sums(logits, targets, trainer.ignore_index))
-    total = torch.stack(sums).sum(0) if sums else torch.zeros(3)
+    total = torch.stack(sums).sum(0)  # of at least one batch: every process has its share of a slice
     return trainer.processes.sum(total.float().to(args.device)).cpu()  # the only copy to the host

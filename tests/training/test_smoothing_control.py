@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from scipy.optimize import minimize_scalar
 
+from hf_adafocal.training import smoothing_control
 from hf_adafocal.training.smoothing_control import (
     COMPUTE,
     MAX_LOG_T,
@@ -47,6 +48,17 @@ class TestTemperatureSums:
         logits, labels = predictions(40)
         parts = [temperature_sums(logits[i : i + 13], labels[i : i + 13]) for i in range(0, 40, 13)]
         torch.testing.assert_close(sum(parts), temperature_sums(logits, labels))
+
+    def test_sums_of_chunks_are_those_of_the_whole(self, monkeypatch):
+        logits, labels = predictions(40)
+        whole = temperature_sums(logits, labels)
+        for values in (1, 30, 6 * 40):  # chunks of 1, 5 and 40 samples
+            monkeypatch.setattr(smoothing_control, "CHUNK_VALUES", values)
+            torch.testing.assert_close(temperature_sums(logits, labels), whole)
+
+    def test_a_single_class_tells_nothing(self):
+        found = temperature_sums(torch.randn(4, 1), torch.tensor([0, 0, -100, 0]))
+        assert found.tolist() == [0, 0, 3]
 
     def test_ignored_samples_do_not_count_whatever_their_logits(self):
         logits, labels = predictions(10)
@@ -181,6 +193,11 @@ class TestSchedule:
         budget = Fraction(3 * total * per_step, 20)  # forward passes
         expected = min(20, total // 10, max(budget // 64, 1))  # from 20 updates of 64 on the slices grow
         assert len(schedule(total, per_step, 6000).steps) == expected
+
+    def test_slices_are_of_64_to_256_samples_and_of_what_the_user_says(self):
+        few, many = schedule(400, 16, 6000), schedule(2100, 32, 6000)  # 960 forward passes, and 10,080
+        assert (len(few.steps), few.slice_size) == (15, 64) and (len(many.steps), many.slice_size) == (20, 256)
+        assert schedule(400, 16, 6000, samples=75).slice_size == 75
 
     def test_a_long_run_gets_all_updates_evenly(self):
         plan = schedule(total_steps=2100, samples_per_step=32, calibration_size=1000)
