@@ -17,16 +17,14 @@ def masks(count=400):
 
 def slow_euler(mask, construction):
     """Cells in coordinates where vertices are even and centres of edges odd, each counted once."""
-    cells = set()
-    for place in np.argwhere(mask):
+    cells, places = set(), set(map(tuple, np.argwhere(mask).tolist()))
+    for place in places:
         if construction == "T":  # a pixel is a cube with all its faces
-            cells |= {tuple(2 * place + 1 + np.array(step)) for step in product((-1, 0, 1), repeat=mask.ndim)}
+            cells.update(product(*[(2 * i, 2 * i + 1, 2 * i + 2) for i in place]))
         else:  # a cell needs all its vertices
             for steps in product((0, 1), repeat=mask.ndim):
-                corners = product(*[(0, step) for step in steps])
-                ends = [tuple(place + np.array(corner)) for corner in corners]
-                if all(max(np.subtract(end, mask.shape)) < 0 and mask[end] for end in ends):
-                    cells.add(tuple(2 * place + np.array(steps)))
+                if places.issuperset(product(*[(i, i + step) for i, step in zip(place, steps, strict=True)])):
+                    cells.add(tuple(2 * i + step for i, step in zip(place, steps, strict=True)))
     return sum((-1) ** sum(position % 2 for position in cell) for cell in cells)
 
 

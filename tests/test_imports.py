@@ -132,7 +132,7 @@ class TestPublicNames:
 
     @pytest.mark.slow  # without a cache mypy reads torch and transformers
     def test_type_checkers_see_the_class_itself(self, tmp_path):
-        api = pytest.importorskip("mypy.api", reason="mypy is of the extra `dev`")
+        api = pytest.importorskip("mypy.api", reason="mypy is of the extra `ci`")
         names = ("AdaFocalTrainer", "calibration_report")
         code = f"from hf_adafocal import {', '.join(names)}" + "".join(f"; reveal_type({name})" for name in names)
         (tmp_path / "user.py").write_text(code + "\n")

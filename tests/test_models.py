@@ -1,5 +1,8 @@
+import inspect
+import json
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -114,7 +117,16 @@ class TestGlobalPoolingCNN:
                 {"calm": probabilities[0].item(), "loud": probabilities[1].item()}, rel=1e-4
             )
 
-    def test_a_checkpoint_carries_its_code(self, tmp_path):
+    def test_a_checkpoint_carries_its_code_and_names_its_classes(self, tmp_path):
+        cnn().save_pretrained(tmp_path)
+        assert (tmp_path / "models.py").read_bytes() == Path(
+            inspect.getfile(GlobalPoolingCNNForSequenceClassification)
+        ).read_bytes()
+        classes = json.loads((tmp_path / "config.json").read_text())["auto_map"]
+        assert classes["AutoModelForSequenceClassification"] == "models.GlobalPoolingCNNForSequenceClassification"
+
+    @pytest.mark.slow  # a process that imports transformers; that models.py needs no package is in test_imports.py too
+    def test_where_the_package_is_not_installed_the_code_of_a_checkpoint_is_enough(self, tmp_path):
         tokenizer = train_word_level_tokenizer(TEXTS, 50)
         cnn(vocab_size=len(tokenizer)).save_pretrained(tmp_path / "checkpoint")
         tokenizer.save_pretrained(tmp_path / "checkpoint")

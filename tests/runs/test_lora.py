@@ -120,6 +120,7 @@ class TestTheRun:
         assert config["pad_token_id"] == 2 and not (merged / "adapter_config.json").exists()
         assert ("adafocal_calibration" in config) == bool(report.folded)
 
+    @pytest.mark.slow
     def test_so_does_onnx_runtime(self, run):
         onnxruntime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")

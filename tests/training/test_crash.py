@@ -23,9 +23,9 @@ from hf_adafocal.training.checkpoints import check_checkpoint, last_complete_che
 
 # Six moments, spread over the three things a run does: which one is under way, and what share of it is done.
 MOMENTS = [
-    (phase, round(float(share), 3))
+    pytest.param(phase, round(float(share), 3), marks=[pytest.mark.slow] if index else [])
     for phase, count, seed in (("train", 2, 1), ("evaluate", 1, 2), ("save", 3, 3))
-    for share in np.random.default_rng(seed).random(count)
+    for index, share in enumerate(np.random.default_rng(seed).random(count))
 ]
 
 

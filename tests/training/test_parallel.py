@@ -73,7 +73,9 @@ def train_tensor_parallel(folder, saved, settings) -> None:
 class TestTensorParallel:
     """A Qwen2 with `tp_plan="auto"`: both processes see every batch, and nothing may count twice."""
 
-    @pytest.fixture(scope="class", params=["adafocal", "adaptive_label_smoothing"])
+    @pytest.fixture(
+        scope="class", params=["adafocal", pytest.param("adaptive_label_smoothing", marks=pytest.mark.slow)]
+    )
     def runs(self, request, tmp_path_factory):
         saved, one, two = (tmp_path_factory.mktemp(name) for name in ("saved", "one", "two"))
         set_seed(0)

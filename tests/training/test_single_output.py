@@ -256,6 +256,7 @@ class TestCalibratedCheckpoint:
             expected = run.network.eval()(**ids).logits.sigmoid()[:, 0].tolist()
         assert [found["score"] for found in classify(TEXTS)] == pytest.approx(expected, abs=1e-6)
 
+    @pytest.mark.slow
     def test_so_does_onnx_runtime(self, run):
         onnxruntime = pytest.importorskip("onnxruntime")
         pytest.importorskip("onnxscript")
