@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from loss_names import ANY_SHAPE
 
@@ -25,6 +25,7 @@ def rows(seed, size, options, padding, mask):
 
 
 @pytest.mark.parametrize("name", ANY_SHAPE)
+@settings(max_examples=25)  # for each of the losses
 @given(
     st.integers(0, 10**6), st.integers(2, 20), st.integers(2, 5), st.integers(1, 4), st.sampled_from(MASKS),
 )  # fmt: skip

@@ -186,8 +186,8 @@ class TestFingerprint:
             tracemalloc.stop()
             return found
 
-        small, large = peak(600), peak(6000)
-        assert large - small < 9 * 5400 + 100_000  # the rows themselves hold 66 MB
+        small, large = peak(400), peak(3000)
+        assert large - small < 9 * 2600 + 100_000  # the rows themselves hold 32 MB
 
 
 class TestCheckSplits:

@@ -307,11 +307,14 @@ class TestBinStatistics:
     def test_every_edge_and_its_neighbours_fall_where_the_metrics_put_them(self, num_bins, dtype):
         edges = equal_width_edges(num_bins).astype(dtype)
         one = dtype(1)
-        values = np.concatenate([edges, np.nextafter(edges, 0 * one), np.nextafter(edges, one)])
-        for value in values[:: max(1, num_bins // 30)]:
-            pair = np.array([value]), np.array([True])
+        sides = [edges, np.nextafter(edges, 0 * one), np.nextafter(edges, one)]
+        for values in (
+            *sides,
+            *np.concatenate(sides)[:: max(1, num_bins // 8), None],
+        ):  # all of a side, then each alone
+            pair = values, np.ones(len(values), bool)
             expected = bin_statistics(*pair, equal_width_edges(num_bins))
-            assert histogram(pair).bin_statistics(num_bins).count.tolist() == expected.count.tolist(), value
+            assert histogram(pair).bin_statistics(num_bins).count.tolist() == expected.count.tolist(), values
 
     @given(pairs=PAIRS, num_bins=st.sampled_from(NESTED))
     def test_it_equals_that_of_all_samples(self, pairs, num_bins):
