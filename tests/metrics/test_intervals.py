@@ -97,7 +97,6 @@ def test_below_the_smallest_tail_a_count_is_bounded_by_hoeffding():
     weight=st.sampled_from([1, 2]),
     tail=st.sampled_from([1e-12, 0.025, 0.25, 0.45]),
 )
-@settings(max_examples=100)
 @example(bins=[(-0.4, 0, 1)], weight=1, tail=0.025)
 def test_bounds_of_signed_sums_are_those_of_each_sign_in_turn(bins, weight, tail):
     gaps, positive, negative = (np.array(part) for part in zip(*bins, strict=True))
