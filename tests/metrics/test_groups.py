@@ -93,6 +93,7 @@ class TestGroupedErrorInterval:
     @pytest.mark.parametrize(("number", "level"), [(2, 0.95), (3, 0.5), (12, 0.95), (20, 0.8)])
     def test_its_ends_are_those_of_the_ratio_of_totals_of_every_sign_of_the_bins(self, number, level):
         counts = count_groups(*images(number, 30, 0.5, -0.7, number), equal_width_edges(9))
+        counts[:, 5, 1] = counts[:, 5, 0]  # one under-confident bin
         occupied = (counts[..., 0].sum(axis=0) > 0).sum()
         assert occupied < 9
         value, low, high = grouped_error_interval(counts, level)
