@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers.utils import logging
 
+from hf_adafocal.metrics import expected_calibration_error
 from hf_adafocal.preserved_state import random_state_kept
 from hf_adafocal.scaling.fit import Scaling, fit_temperature_scaling
 from hf_adafocal.scaling.folding import check_foldable, fold_scaling
@@ -19,6 +20,7 @@ logger = logging.get_logger(__name__)
 
 CONFIDENCE = 0.95  # of the likelihood-ratio test
 PREFIX = "calibration"
+ECE_RISE = 0.01  # of the calibration set, from which on a user is warned
 
 
 @dataclass(frozen=True)
@@ -28,7 +30,7 @@ class CalibrationOutcome:
     Attributes:
         scaling: The temperature that was fitted; factor and bias of a single output whose layer has a bias.
         folded: Whether it was folded into the model.
-        reason: One sentence that says why, or why not.
+        reason: One sentence that says why, or why not; a second one if the scaling that was folded raises the ECE.
     """
 
     scaling: Scaling
@@ -68,21 +70,20 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
     """
     inputs = _one_row(trainer)
     platt = has_single_output(trainer.network) and check_foldable(trainer.network, inputs)
-    scaling = _fit(trainer, platt)
+    scaling, ece = _fit(trainer, platt)
     factor, bias = float(scaling.scale), float(scaling.bias)  # type: ignore[arg-type]  # a number each
     temperature = 1 / factor
     samples = f"{scaling.num_samples:,} calibration samples"
     what = f"temperature of {temperature:.3g}"
     if platt:
         what = f"factor of {factor:.3g} and a bias of {bias:.3g} (Platt scaling)"
-    if not scaling.is_supported(CONFIDENCE):
-        folded = False
+    folded, announce = scaling.is_supported(CONFIDENCE), logger.info
+    if not folded:
         reason = (
             f"{samples} cannot tell a {what} from {'none' if platt else '1'} (likelihood-ratio test at "
             f"{CONFIDENCE:.0%}), so none was folded into the model."
         )
     else:
-        folded = True
         fold_scaling(trainer.network, scaling, inputs)
         # So that a hyper-parameter search evaluates the model that comes out.
         trainer.objective = None  # type: ignore[has-type]
@@ -90,18 +91,30 @@ def calibrate_head(trainer: "AdaFocalTrainer") -> CalibrationOutcome:
             f"A {what}, fitted on {samples} (likelihood-ratio test at {CONFIDENCE:.0%}), "
             "was folded into the model's last layer."
         )
-    logger.info(reason)
+        # What lowers the NLL can spoil the confidences of a loss that has calibrated them itself.
+        if ece is not None and ece[1] - ece[0] > ECE_RISE:
+            reason += (
+                f" It raises their ECE from {ece[0]:.2%} to {ece[1]:.2%}: if the confidence of the predicted class "
+                "matters more than the NLL, train with calibrate_at_end=False."
+            )
+            announce = logger.warning
+    announce(reason)
     of_platt = {f"{PREFIX}_bias": bias} if platt else {}
     trainer.log({f"{PREFIX}_temperature": temperature, **of_platt, f"{PREFIX}_folded": float(folded)})
     return CalibrationOutcome(scaling, folded, reason)
 
 
-def _fit(trainer: "AdaFocalTrainer", platt: bool) -> Scaling:
+def _fit(trainer: "AdaFocalTrainer", platt: bool) -> tuple[Scaling, tuple[float, float] | None]:
+    """Fit the scaling, and compute the ECE before and after it; None of Platt scaling and where no logits are kept."""
     metrics, kept = trainer.measure(trainer.calibration_dataset, PREFIX)
     if kept is not None and platt:
-        return fit_platt_scaling(*map(torch.as_tensor, kept))
+        return fit_platt_scaling(*map(torch.as_tensor, kept)), None
     if kept is not None:
-        return fit_temperature_scaling(*map(torch.as_tensor, kept))
+        logits, labels = map(torch.as_tensor, kept)
+        scaling = fit_temperature_scaling(logits, labels)
+        scaled = (logits.double() * float(scaling.scale)).softmax(dim=-1)  # type: ignore[arg-type]  # a number
+        num_bins = trainer.recorder.num_bins
+        return scaling, (metrics["ece"], expected_calibration_error(scaled.numpy(), labels.numpy(), num_bins))
     # Too many logits to keep: the best temperature of the sums on the grid.
     samples = len(trainer.recorder.samples[PREFIX])
-    return Scaling(1 / metrics["temperature"], 0.0, metrics["nll"], metrics["refinement"], samples)
+    return Scaling(1 / metrics["temperature"], 0.0, metrics["nll"], metrics["refinement"], samples), None

@@ -100,6 +100,21 @@ class TestFolding:
                 assert mine[name] == pytest.approx(theirs[name], rel=1e-3, abs=1e-4)
         assert report.metrics["nll"] == pytest.approx(run.evaluate(test)["eval_nll"], rel=1e-5)
 
+    @pytest.mark.parametrize(("lost", "warns"), [(0.01, True), (0.2, False)])
+    def test_a_temperature_that_spoils_the_confidences_is_a_warning(self, tmp_path, log, monkeypatch, lost, warns):
+        """A confidence of 0.6 is right in 60 of 100; a class given next to nothing is the label of 20."""
+        probabilities = torch.tensor([0.6, 0.4 - lost, lost]).expand(100, 3)
+        labels = torch.tensor([0] * 60 + [1] * 20 + [2] * 20)
+        run = build(tmp_path)
+        monkeypatch.setattr(run, "measure", lambda *_: ({"ece": 0.0}, (probabilities.log(), labels)))
+        outcome = module.calibrate_head(run)
+        confidence = (probabilities[0].log() * float(outcome.scaling.scale)).softmax(0).max().item()
+        said = f"It raises their ECE from 0.00% to {0.6 - confidence:.2%}"
+        assert (said in outcome.reason) == warns
+        assert [record.levelname for record in log.records if record.message == outcome.reason] == (
+            ["WARNING"] if warns else ["INFO"]
+        )
+
     def test_it_costs_no_training(self, runs):
         plain, run = runs
         logs = [[entry for entry in found.state.log_history if "loss" in entry] for found in (plain, run)]
