@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {  # arguments of the trainer
 }
 MAIN = ("cross_entropy", "label_smoothing", "flsd_53", "adafocal")
 FIGURE = ("cross_entropy", "flsd_53", "adafocal")  # whose test curves are recorded
+FIGURE_SETTINGS = ("small_texts", "small_images", "news")
 NOISE, BLUR = 0.1, 1.0  # standard deviations: on pixels in [0, 1], and in pixels; both are level 5 of CIFAR-10-C
 
 Parts = dict[str, Any]  # "train", "calibration", "test": (inputs, labels); "ood": {name: inputs}

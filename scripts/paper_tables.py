@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from paper_settings import ABLATIONS, FIGURE, METHODS, SETTINGS
+from paper_settings import ABLATIONS, FIGURE, FIGURE_SETTINGS, METHODS, SETTINGS
 
 from hf_adafocal.report.comparison import paired_difference
 from hf_adafocal.report.tables import comparison_table
@@ -46,6 +46,7 @@ def tables(folder: Path) -> str:
         parts += [f"### {setting}", metrics_table(runs), "Differences from cross-entropy:", differences_table(runs)]
     parts += ["### The loss and the recipe", recipe_table(found)]
     parts += ["### Updates until AdaFocal is better calibrated", crossing_table(found)]
+    parts += ["### What holds AdaFocal back", ablation_table(found)]
     parts += ["### Where the gammas end", gamma_table(found)]
     return "\n\n".join(part for part in parts if part)
 
@@ -120,6 +121,26 @@ def recipe_table(found: dict[str, Runs]) -> str:
                 difference(ours, SCALED, theirs, SCALED, "ece", seeds),
             ]
             rows.append([setting, method, str(len(seeds)), *means, *cells])
+    return markdown(head, rows)
+
+
+def ablation_table(found: dict[str, Runs]) -> str:
+    """Compare AdaFocal with another cap, another step size or more calibration samples to AdaFocal as published."""
+    head = ["setting", "changed", "seeds", "ECE - AdaFocal's", "ECE + T - AdaFocal's", "error - AdaFocal's"]
+    head += ["NLL + T - AdaFocal's, 1/100 nat"]
+    pairs = [(setting, setting, method) for setting in found for method in ABLATIONS]
+    pairs += [("small_texts", "small_texts_6000", OURS)]
+    rows = []
+    for setting, changed, method in pairs:
+        theirs, ours = found.get(setting, {}).get(OURS, {}), found.get(changed, {}).get(method, {})
+        seeds = [seed for seed in ours if seed in theirs]
+        if not seeds:
+            continue
+        cells = [
+            difference(ours, kind, theirs, kind, key, seeds, sign)
+            for kind, key, sign in ((RAW, "ece", 1), (SCALED, "ece", 1), (RAW, "accuracy", -1), (SCALED, "nll", 1))
+        ]
+        rows.append([setting, changed if method == OURS else method, str(len(seeds)), *cells])
     return markdown(head, rows)
 
 
@@ -225,7 +246,7 @@ def figure(folder: Path, path: Path) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    found = {setting: runs for setting in SETTINGS if OURS in (runs := read(folder, setting))}
+    found = {setting: runs for setting in FIGURE_SETTINGS if OURS in (runs := read(folder, setting))}
     grid = {"height_ratios": (3, 2)}
     picture, axes = plt.subplots(
         2, len(found), figsize=(3.2 * len(found) + 1, 5), sharex="col", sharey="row", squeeze=False,
