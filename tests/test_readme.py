@@ -62,7 +62,7 @@ def test_the_scripts_it_names_explain_themselves(script, monkeypatch, capsys):
 
 def test_the_test_command_is_the_one_that_ci_takes():
     found = re.search(r"<!-- tests -->\n```bash\n(.*?)\n```", README)
-    assert found and found[1] == 'pip install -e ".[dev]" && pytest -n auto'
+    assert found and found[1] == 'pip install --no-compile -e ".[dev]" && pytest -n auto'
 
 
 def test_links_into_the_repository_lead_somewhere():

@@ -54,6 +54,7 @@ def ranks(folder):
     return [json.loads((folder / f"rank-{rank}.json").read_text()) for rank in (0, 1)]
 
 
+@pytest.mark.slow  # two launches: test_distributed.py has the fast ones
 @pytest.mark.skipif(
     not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 of this release of torch does not run on the CPU"
 )

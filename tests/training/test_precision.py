@@ -48,6 +48,8 @@ WAYS = {
         torch.bfloat16,
     ),
 }
+COMPILED_BFLOAT16 = "compiled_bfloat16_model"  # slow: each of its parts has fast tests
+ALL_WAYS = [pytest.param(way, marks=pytest.mark.slow) if way == COMPILED_BFLOAT16 else way for way in WAYS]
 
 
 def mean_loss(name, logits, labels, table, count):
@@ -70,7 +72,7 @@ def mean_loss(name, logits, labels, table, count):
 
 class TestTrainingLoss:
     @pytest.mark.parametrize("loss", ["cross_entropy", "focal", "flsd_53", "adafocal"])
-    @pytest.mark.parametrize("way", WAYS)
+    @pytest.mark.parametrize("way", ALL_WAYS)
     def test_it_is_the_float64_loss_of_the_logits_whatever_their_dtype(self, tmp_path, way, loss):
         model, settings, dtype = WAYS[way]
         run = tiny.trainer(tmp_path, model(), loss=loss, **settings)
@@ -106,7 +108,7 @@ class TestMetrics:
     @pytest.mark.parametrize(
         ("model", "settings", "dtype"),
         [
-            *WAYS.values(),
+            *(pytest.param(*WAYS[name], marks=[pytest.mark.slow] * (name == COMPILED_BFLOAT16)) for name in WAYS),
             (tiny.bert, {"bf16_full_eval": True}, torch.bfloat16),
             (tiny.bert, {"bf16_full_eval": True, "streaming_calibration": True}, torch.bfloat16),
         ],
@@ -146,7 +148,7 @@ class TestGammas:
     def exact(self, gammas):
         return gammas(tiny.bert())
 
-    @pytest.mark.parametrize("way", [way for way in WAYS if way != "float32"])
+    @pytest.mark.parametrize("way", ALL_WAYS[1:])
     def test_they_agree_with_those_of_the_float32_run(self, gammas, exact, way):
         model, settings, _ = WAYS[way]
         assert (1 - exact).abs().min() > 0.5  # there is something to agree on
