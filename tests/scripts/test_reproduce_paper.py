@@ -283,3 +283,21 @@ class TestTables:
         assert cells[3] == "+2.00 points (-0.48 to +4.48, noise)"
         assert cells[-2:] == ["+2.00 points (+2.00 to +2.00)", "+10.00 points (+10.00 to +10.00)"]
         assert brier.startswith("| brier | 1 | -20.00 points |")
+
+    def test_ablations_are_compared_with_adafocal_of_the_same_seeds(self, tables):
+        def report(ece, scaled, accuracy):
+            return {
+                "raw": {"ece": ece, "accuracy": accuracy},
+                "temperature_scaled": {"ece": scaled, "nll": 1 + scaled},
+            }
+
+        published = {0: report(0.04, 0.02, 0.60), 1: report(0.06, 0.02, 0.60)}
+        texts = {"adafocal": published, "adafocal_cap_5": {1: report(0.05, 0.03, 0.59), 2: report(0.9, 0.9, 0.9)}}
+        more = {"cross_entropy": published, "adafocal": {0: report(0.03, 0.02, 0.60), 1: report(0.03, 0.02, 0.60)}}
+        _, _, cap, samples = tables.ablation_table({"small_texts": texts, "small_texts_6000": more}).splitlines()
+        # one seed in common: 5 - 6, 3 - 2, 41 - 40, 103 - 102
+        assert (
+            cap == "| small_texts | adafocal_cap_5 | 1 | -1.00 points | +1.00 points | +1.00 points | +1.00 points |"
+        )
+        # 3 - 4 and 3 - 6: a mean of -2 with a standard error of 1, t(1) = 12.706
+        assert samples.startswith("| small_texts | small_texts_6000 | 2 | -2.00 points (-14.71 to +10.71, noise) |")
