@@ -12,6 +12,7 @@ from datasets import load_dataset
 from sklearn.decomposition import TruncatedSVD
 from sklearn.feature_extraction.text import TfidfVectorizer
 from torch import Tensor, nn
+from torchvision.models import resnet50
 from torchvision.transforms.v2 import functional as vision
 
 from hf_adafocal.data.tensor_rows import ImageRows, TensorRows, stack_images
@@ -67,6 +68,7 @@ class Setting:
         curve_every: Epochs between readings of the test curve, for the figure alone.
         save_every: Epochs between checkpoints.
         image: Crop padding; None for other inputs.
+        bf16: Train under autocast to bfloat16 where there is a GPU.
     """
 
     data: str
@@ -82,6 +84,7 @@ class Setting:
     curve_every: int = 1
     save_every: int = 20
     image: int | None = None
+    bf16: bool = False
 
     @property
     def recipe(self) -> dict[str, float]:
@@ -155,6 +158,20 @@ class ResNet8(nn.Module):
                 images = nn.functional.pad(images, (0, 0, 0, 0, 0, residual.shape[1] - images.shape[1]))
             images = torch.relu(images + residual)
         return {"logits": self.classifier(images.mean(dim=(2, 3)))}
+
+
+class ResNet50(nn.Module):
+    """He et al.'s ResNet-50 with the stem that is usual for images of 32 pixels: a 3 x 3 convolution, no pooling."""
+
+    def __init__(self, num_classes: int = 10) -> None:
+        super().__init__()
+        self.network = resnet50(num_classes=num_classes)
+        self.network.conv1 = nn.Conv2d(3, 64, 3, padding=1, bias=False)
+        self.network.maxpool = nn.Identity()
+
+    def forward(self, pixel_values: Tensor, labels: Tensor | None = None) -> dict[str, Tensor]:
+        """Compute the logits of images, shape `(N, 10)`."""
+        return {"logits": self.network(pixel_values.contiguous(memory_format=torch.channels_last))}
 
 
 class Perceptron(nn.Module):
@@ -267,6 +284,7 @@ DATA: dict[str, tuple[Callable[..., Parts], dict[str, int]]] = {
     "news": (text_tokens, {"length": 128}),
     "news_300": (text_tokens, {"length": 300}),
     "cifar": (images, {"size": 32, "train": 10000, "calibration": 5000}),
+    "cifar_45000": (images, {"size": 32, "train": 45000, "calibration": 5000}),
 }
 SMALL_IMAGES = {"data": "small_images", "network": SmallConvolutional, "epochs": 200, "image": 2, "curve_every": 10}
 SMALL_TEXTS = {"data": "small_texts", "network": Perceptron, "epochs": 150, "curve_every": 5}
@@ -284,4 +302,5 @@ SETTINGS: dict[str, Setting] = {
     "news": Setting("news", **NEWS),
     "news_300": Setting("news_300", **NEWS),
     "cifar": Setting("cifar", ResNet8, 150, 128, image=4, curve_every=5, save_every=1),
+    "resnet50": Setting("cifar_45000", ResNet50, 40, 128, image=4, curve_every=5, save_every=5, bf16=True),
 }

@@ -116,9 +116,11 @@ def run(setting_name: str, method: str, seed: int, data: Path, folder: Path, rep
         ),
         "commit": commit(),
         "versions": versions(),
+        "device": device(),
         "threads": torch.get_num_threads(),
         "cpu_seconds": seconds,
         "training": {"epochs": setting.epochs, "batch_size": setting.batch_size, "optimizer": setting.optimizer}
+        | ({"bf16": True} if trainer.args.bf16 else {})
         | setting.recipe
         | METHODS[method],
         "sizes": {role: len(parts[role][1]) for role in ("train", "calibration", "test")},
@@ -160,8 +162,10 @@ def make_trainer(
         report_to="none",
         disable_tqdm=True,
         use_cpu=not torch.cuda.is_available(),
+        bf16=setting.bf16 and torch.cuda.is_available(),
         **METHODS[method],
     )
+    torch.backends.cudnn.allow_tf32 = False  # on a GPU too, float32 is float32
     set_seed(seed)
     network = setting.network()
     if setting.optimizer == "adam":
@@ -305,6 +309,11 @@ def cached_parts(name: str, data: Path, folder: Path, seed: int) -> Parts:
         torch.save(build(data, seed, **settings), partial)
         partial.replace(path)
     return torch.load(path)
+
+
+def device() -> str:
+    """Return the name of the GPU that `make_trainer` uses, or "cpu"."""
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
 
 
 def commit() -> str:
