@@ -25,6 +25,12 @@ hypothesis.settings.load_profile("repeatable")
 TESTS = Path(__file__).parent
 
 
+def pytest_configure(config):
+    """Only `pytest -m gpu` sees a GPU: most tests compare with CPU numbers, and CUDA cannot be used after a fork."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers(config):
     """At most four processes for `-n auto`: each takes more than a gigabyte and a while to start."""

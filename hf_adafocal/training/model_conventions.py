@@ -119,13 +119,17 @@ class FurtherTerms:
         self.ignore_index = ignore_index
         self.looked = self.found = False
 
-    def check(self, model: torch.nn.Module, batch: Mapping[str, Any], targets: Tensor) -> None:
+    def check(
+        self, model: torch.nn.Module, batch: Mapping[str, Any], targets: Tensor, *, mixed_precision: bool = False
+    ) -> None:
         """Compare a model's own loss with the cross-entropy of its logits on a batch; warn if they differ.
 
         Args:
             model: In any mode; it is put back, and so is the random state.
             batch: With labels.
             targets: Labels in the places of the logits that predict them.
+            mixed_precision: The model computes in a narrower type than it returns. On CUDA its cross-entropy then
+                takes the logarithm of the softmax in that type.
         """
         self.looked = True
         inner = base_model(model)
@@ -137,7 +141,7 @@ class FurtherTerms:
         if loss is None or "logits" not in outputs:
             return
         excess = float(self.of(loss, outputs["logits"], targets))
-        narrow = torch.finfo(outputs["logits"].dtype).bits < 32 or torch.finfo(loss.dtype).bits < 32
+        narrow = mixed_precision or any(torch.finfo(part.dtype).bits < 32 for part in (outputs["logits"], loss))
         self.found = abs(excess) > (COARSE_ROUNDING if narrow else ROUNDING * max(1.0, abs(float(loss))))
         if self.found:
             logger.warning(

@@ -223,7 +223,8 @@ class AdaFocalTrainer(SearchingTrainer):
         self.check_labels(inputs["labels"] if self.conventions.single_output else targets, model.training)
         if model.training and not self._further_terms.looked and not self.is_fsdp_enabled:
             with self.compute_loss_context_manager():
-                self._further_terms.check(self.network, inputs, targets)
+                mixed = self.accelerator.mixed_precision != "no"
+                self._further_terms.check(self.network, inputs, targets, mixed_precision=mixed)
         kept = model.training and self._further_terms.found
         outputs = model(**inputs) if kept else model(**self.conventions.inputs(inputs))
         logits = logits_of(outputs, type(self.model).__name__)

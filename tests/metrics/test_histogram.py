@@ -122,6 +122,7 @@ class TestUpdate:
         found = histogram((tensor, torch.from_numpy(correct).reshape(4, 6).T.long()))
         assert_same_table(found, histogram((tensor.detach().double().numpy(), correct.reshape(4, 6).T)))
 
+    @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_a_tensor_on_a_device_gives_the_same_table(self):
         pairs = [torch.from_numpy(values) for values in smooth(300_000)]

@@ -10,7 +10,7 @@ SCRIPT = Path(__file__).parents[2] / "scripts" / "benchmark.py"
 
 
 @pytest.fixture
-def benchmark(monkeypatch):
+def script(monkeypatch):
     """The script as a module, with sizes for a test."""
     spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
     module = importlib.util.module_from_spec(spec)
@@ -24,19 +24,19 @@ def benchmark(monkeypatch):
 
 
 class TestInterleaved:
-    def test_a_ratio_is_the_median_over_rounds_to_the_first_candidate_of_the_round(self, benchmark):
+    def test_a_ratio_is_the_median_over_rounds_to_the_first_candidate_of_the_round(self, script):
         times = {"base": iter([9, 1, 2, 4]), "other": iter([9, 3, 2, 20])}  # the first of each is the warm-up
-        found = benchmark.interleaved({name: name for name in times}, lambda name: next(times[name]), rounds=3)
+        found = script.interleaved({name: name for name in times}, lambda name: next(times[name]), rounds=3)
         assert found == {"base": (2, 1), "other": (3, 3)}  # ratios 3, 1, 5
 
 
 class TestTokens:
-    def test_the_table_names_both_losses_and_adafocal_holds_no_more_memory(self, benchmark, capsys, monkeypatch):
+    def test_the_table_names_both_losses_and_adafocal_holds_no_more_memory(self, script, capsys, monkeypatch):
         pytest.importorskip("trl", reason="trl is the extra `sft`")
         monkeypatch.syspath_prepend(str(SCRIPT.parent))
         from benchmark_tokens import benchmark_tokens
 
-        benchmark_tokens("cpu", 1, 64, benchmark.peak_bytes, (500, 900))
+        benchmark_tokens("cpu", 1, 64, script.peak_bytes, (500, 900))
         rows = [line.split("|")[1:-1] for line in capsys.readouterr().out.splitlines()][2:]
         assert [(row[0].strip(), row[1].strip()) for row in rows] == [
             (f"64 x {size}", loss) for size in (500, 900) for loss in ("cross_entropy", "adafocal")
@@ -45,8 +45,8 @@ class TestTokens:
 
 
 class TestTrainer:
-    def test_the_tables_name_every_trainer_and_calibration_holds_under_48_bytes_a_sample(self, benchmark, capsys):
-        benchmark.benchmark_trainer("cpu", rounds=1)
+    def test_the_tables_name_every_trainer_and_calibration_holds_under_48_bytes_a_sample(self, script, capsys):
+        script.benchmark_trainer("cpu", rounds=1)
         out = capsys.readouterr().out
         lines = [line.split("|") for line in out.splitlines() if line.startswith("| ")]
         rows = [line[1].strip() for line in lines]

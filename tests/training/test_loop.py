@@ -205,6 +205,7 @@ class TestTrainingGoesOnAsIfNothingHappened:
         list(loader)
         assert repr(states()) != before  # reading the data without care does move them
 
+    @pytest.mark.gpu
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     def test_the_random_state_of_the_gpu_does_not_move(self):
         class Noisy(nn.Linear):

@@ -249,6 +249,11 @@ class TestFurtherTerms:
             updates.append(weights(run.model) - weights(built(WithPenalty)))
         assert updates[0].norm() > 0.1 and (updates[0] - updates[1]).norm() / updates[0].norm() < 1e-5
 
+    def test_a_loss_computed_in_a_narrow_type_has_none(self, tmp_path):
+        run = tiny.trainer(tmp_path, model=WithRoundedLoss(), bf16=True)
+        run.train()
+        assert run._further_terms.looked and not run._further_terms.found
+
     def test_a_model_without_any_is_run_without_labels(self, tmp_path):
         run, seen = tiny.trainer(tmp_path), []
         run.model.register_forward_pre_hook(lambda _, __, inputs: seen.append("labels" in inputs), with_kwargs=True)
@@ -269,6 +274,17 @@ class WithPenalty(torch.nn.Module):
         if labels is not None:
             loss = torch.nn.functional.cross_entropy(logits, labels) + (self.embedding.weight - 1).square().sum() / 50
         return SequenceClassifierOutput(loss=loss, logits=logits)
+
+
+class WithRoundedLoss(WithPenalty):
+    """A classifier without a penalty whose cross-entropy is rounded as autocast on CUDA rounds it."""
+
+    def forward(self, input_ids, labels=None):
+        logits = self.embedding(input_ids).mean(1)
+        loss = None
+        if labels is not None:
+            loss = torch.nn.functional.nll_loss(logits.bfloat16().log_softmax(-1).float(), labels)
+        return SequenceClassifierOutput(loss=loss, logits=logits.bfloat16().float())
 
 
 class TestSubclasses:
