@@ -43,7 +43,7 @@ METHODS: dict[str, dict[str, Any]] = {  # arguments of the trainer
 }
 MAIN = ("cross_entropy", "label_smoothing", "flsd_53", "adafocal")
 FIGURE = ("cross_entropy", "flsd_53", "adafocal")  # whose test curves are recorded
-FIGURE_SETTINGS = ("small_texts", "small_images", "news")
+FIGURE_SETTINGS = ("small_texts", "cifar", "news")
 NOISE, BLUR = 0.1, 1.0  # standard deviations: on pixels in [0, 1], and in pixels; both are level 5 of CIFAR-10-C
 
 Parts = dict[str, Any]  # "train", "calibration", "test": (inputs, labels); "ood": {name: inputs}
@@ -302,5 +302,5 @@ SETTINGS: dict[str, Setting] = {
     "news": Setting("news", **NEWS),
     "news_300": Setting("news_300", **NEWS),
     "cifar": Setting("cifar", ResNet8, 150, 128, image=4, curve_every=5, save_every=1),
-    "resnet50": Setting("cifar_45000", ResNet50, 40, 128, image=4, curve_every=5, save_every=5, bf16=True),
+    "resnet50": Setting("cifar_45000", ResNet50, 350, 128, image=4, curve_every=10, save_every=5, bf16=True),
 }

@@ -240,6 +240,9 @@ def figure(folder: Path, path: Path) -> None:
     Args:
         folder: Of the reports.
         path: Of the PNG.
+
+    Raises:
+        ValueError: If no setting of the figure has a report of AdaFocal.
     """
     import matplotlib
 
@@ -247,6 +250,10 @@ def figure(folder: Path, path: Path) -> None:
     import matplotlib.pyplot as plt
 
     found = {setting: runs for setting in FIGURE_SETTINGS if OURS in (runs := read(folder, setting))}
+    if not found:
+        raise ValueError(
+            f"{folder}: found no report of AdaFocal in {', '.join(FIGURE_SETTINGS)}. Run one of them first."
+        )
     grid = {"height_ratios": (3, 2)}
     picture, axes = plt.subplots(
         2, len(found), figsize=(3.2 * len(found) + 1, 5), sharex="col", sharey="row", squeeze=False,

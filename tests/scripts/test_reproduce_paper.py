@@ -83,7 +83,7 @@ class TestRun:
         assert run(paper, tmp_path, method, "parts") == whole
         assert not (tmp_path / "small_images" / f"{method}-0").exists()  # a report needs no checkpoints
 
-    def test_the_report_has_what_the_tables_and_the_figure_need(self, paper, tables, tiny, tmp_path):
+    def test_the_report_has_what_the_tables_and_the_figure_need(self, paper, tables, tiny, tmp_path, monkeypatch):
         for method in ("cross_entropy", "adafocal"):
             report = run(paper, tmp_path, method, "reports")
             assert len(report["log"]["validation"]["ece"]) == 4 and report["log"]["test"]["epoch"] == [1, 2, 3, 4]
@@ -95,6 +95,9 @@ class TestRun:
         assert report["log"]["gammas"][1] != [1.0] * 15
         printed = tables.tables(tmp_path / "reports")
         assert "| adafocal" in printed and "OOD AUROC % noise" in printed
+        with pytest.raises(ValueError, match="found no report of AdaFocal in small_texts, cifar, news"):
+            tables.figure(tmp_path / "reports", tmp_path / "length.png")
+        monkeypatch.setattr(tables, "FIGURE_SETTINGS", ("news", "small_images"))
         tables.figure(tmp_path / "reports", tmp_path / "length.png")
         assert (tmp_path / "length.png").stat().st_size > 10_000
 
