@@ -20,6 +20,7 @@ import os
 import shlex
 import shutil
 import subprocess
+import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
@@ -78,7 +79,7 @@ def run_all(work: list[tuple[str, str, int]], data: Path, folder: Path, reports:
     """
     os.environ["OMP_NUM_THREADS"] = "1"  # of the processes that start below
     failed = []
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), start_worker) as pool:
         running = {pool.submit(run, *one, data, folder, reports): one for one in work}
         for done in as_completed(running):
             name = "{}/{}-{}".format(*running[done])
@@ -89,6 +90,14 @@ def run_all(work: list[tuple[str, str, int]], data: Path, folder: Path, reports:
                 print(failed[-1], flush=True)
     if failed:
         raise RuntimeError(f"{len(failed)} of {len(work)} runs failed: " + "; ".join(failed))
+
+
+def start_worker() -> None:
+    """Use one thread, and end with the parent: what it left running would meet the resumed run in one folder."""
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def run(setting_name: str, method: str, seed: int, data: Path, folder: Path, reports: Path) -> str:

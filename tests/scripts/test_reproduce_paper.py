@@ -4,6 +4,8 @@ import dataclasses
 import importlib
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,24 @@ class TestRun:
         monkeypatch.setattr(tables, "FIGURE_SETTINGS", ("news", "small_images"))
         tables.figure(tmp_path / "reports", tmp_path / "length.png")
         assert (tmp_path / "length.png").stat().st_size > 10_000
+
+    @pytest.mark.slow  # two processes import transformers
+    def test_runs_end_with_the_script_that_is_killed(self, tmp_path):
+        program = f"""
+import multiprocessing, os, sys, time
+from concurrent.futures import ProcessPoolExecutor
+sys.path.insert(0, {str(SCRIPTS)!r})
+import reproduce_paper
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, reproduce_paper.start_worker) as pool:
+        pool.submit(os.getpid).result()
+        pool.submit(time.sleep, 600)
+        os._exit(1)
+"""
+        (tmp_path / "program.py").write_text(program)
+        # The worker holds the same standard output, whose end is waited for.
+        subprocess.run([sys.executable, tmp_path / "program.py"], stdout=subprocess.PIPE, timeout=120)
 
     def test_a_finished_run_is_not_repeated(self, paper, tiny, tmp_path, monkeypatch):
         run(paper, tmp_path, "cross_entropy", "reports")
