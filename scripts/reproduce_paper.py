@@ -125,7 +125,7 @@ def run(setting_name: str, method: str, seed: int, data: Path, folder: Path, rep
         ),
         "commit": commit(),
         "versions": versions(),
-        "device": device(),
+        "device": ", then ".join(dict.fromkeys(note["device"] for note in curve.notes)),
         "threads": torch.get_num_threads(),
         "cpu_seconds": seconds,
         "training": {"epochs": setting.epochs, "batch_size": setting.batch_size, "optimizer": setting.optimizer}
@@ -225,7 +225,7 @@ class Curve(TrainerCallback):
     def on_epoch_end(self, args, state, control, model=None, **kwargs):
         """Record this epoch."""
         epoch = round(state.epoch)
-        note: dict[str, Any] = {"epoch": epoch}
+        note: dict[str, Any] = {"epoch": epoch, "device": device()}
         table = self.loss.table() if hasattr(self.loss, "table") else {}
         if "gammas" in table:
             note |= {"gammas": table["gammas"], "edges": table["edges"]}
