@@ -179,6 +179,20 @@ class TestSettings:
         assert sum(p.numel() for p in network.parameters()) == convolutions + normalisations + 650
         assert network(torch.zeros(2, 3, 32, 32))["logits"].shape == (2, 10)
 
+    def test_resnet_50_has_its_weights_and_does_not_shrink_small_images_at_once(self, modules):
+        network, sizes = modules[0].ResNet50(), []
+        network.network.layer1.register_forward_hook(lambda _, __, output: sizes.append(output.shape))
+        # He et al.'s bottlenecks: 1 x 1, 3 x 3 and 1 x 1 convolutions, each with two weights a channel to normalise.
+        weights, before = 27 * 64 + 2 * 64, 64
+        for width, blocks in ((64, 3), (128, 4), (256, 6), (512, 3)):
+            for block in range(blocks):
+                weights += before * width + 9 * width**2 + 4 * width**2 + 2 * (width + width + 4 * width)
+                weights += (before + 2) * 4 * width if block == 0 else 0  # the shortcut
+                before = 4 * width
+        assert sum(p.numel() for p in network.parameters()) == weights + 2049 * 10
+        assert network.eval()(torch.zeros(1, 3, 32, 32))["logits"].shape == (1, 10)
+        assert sizes == [(1, 256, 32, 32)]
+
     def test_every_method_is_a_loss_of_the_trainer(self, modules, tmp_path):
         for method in modules[0].METHODS.values():
             assert AdaFocalTrainingArguments(output_dir=str(tmp_path), use_cpu=True, **method).build_loss() is not None
@@ -256,6 +270,20 @@ class TestTables:
     def test_the_page_shows_what_the_command_prints(self, paper, tables):
         page = (ROOT / "model_cards" / "paper.md").read_text()
         assert tables.tables(paper.REPORTS) in page
+
+    def test_the_readme_has_the_means_of_the_reports(self, paper, tables):
+        number = r"([\d.]+) \|"
+        row = rf"^\| `(\w+)`, (\w+) \| (\d) \| {number} {number} {number}$"
+        table = re.findall(row, (ROOT / "README.md").read_text(), re.MULTILINE)
+        assert 0 < len(table) <= 10
+        for setting, method, seeds, *cells in table:
+            reports = tables.read(paper.REPORTS, setting)[method].values()
+            assert len(reports) == int(seeds)
+            values = [
+                [1 - report["raw"]["accuracy"], report["raw"]["ece"], report["temperature_scaled"]["ece"]]
+                for report in reports
+            ]
+            assert cells == [f"{100 * value:.1f}" for value in np.mean(values, axis=0)]
 
     def test_every_committed_report_is_of_the_setting_and_recipe_it_is_filed_under(self, paper, modules):
         found = sorted(paper.REPORTS.glob("*/*.json"))
