@@ -26,6 +26,7 @@ from transformers import HfArgumentParser, get_scheduler
 
 from hf_adafocal import LOSSES, calibrate
 from hf_adafocal.runs.tasks import TASKS
+from hf_adafocal.training.processes import end_process_group
 
 DEFAULTS = {
     "output_dir": "runs/no_trainer", "num_train_epochs": 3, "per_device_train_batch_size": 16,
@@ -159,4 +160,4 @@ def train(task, args):
 
 if __name__ == "__main__":
     train(*parse_arguments())
-    Accelerator().end_training()
+    end_process_group()

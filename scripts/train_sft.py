@@ -15,6 +15,7 @@ from trl import SFTConfig
 
 from hf_adafocal.data.holdout import hold_out
 from hf_adafocal.losses import LOSSES
+from hf_adafocal.training.processes import end_process_group
 from hf_adafocal.training.sft import AdaFocalSFTTrainer
 
 
@@ -43,3 +44,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    end_process_group()

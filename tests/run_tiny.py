@@ -16,6 +16,7 @@ from transformers import TrainerCallback
 from transformers.utils import logging
 
 from hf_adafocal.training.checkpoints import last_complete_checkpoint
+from hf_adafocal.training.processes import end_process_group
 
 # Where a run can be killed: the method of the Trainer that is then under way.
 PHASES = {"train": "training_step", "evaluate": "evaluate", "save": "_save_checkpoint"}
@@ -109,5 +110,4 @@ def main(folder: str, kill: tuple[str, int] = ("never", 0), rank_to_kill: int = 
 
 if __name__ == "__main__":
     main(sys.argv[1], **json.loads(sys.argv[2]))
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+    end_process_group()

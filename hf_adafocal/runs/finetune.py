@@ -7,7 +7,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import set_seed
 
@@ -26,6 +25,7 @@ from hf_adafocal.runs.examples import make_examples
 from hf_adafocal.runs.tasks import Prepared, SegmentationTask, Task
 from hf_adafocal.scaling.folding import load_classifier
 from hf_adafocal.training.arguments import AdaFocalTrainingArguments
+from hf_adafocal.training.processes import end_process_group
 from hf_adafocal.training.trainer import AdaFocalTrainer
 
 
@@ -84,7 +84,7 @@ def _train(task_class: type[Task], arguments: Sequence[str] | None, prog: str | 
                 folders = {run.loss: [str(args.output_dir)], baseline: [f"{args.output_dir}-{baseline}"]}
                 print(f"\n{difference_table(folders, baseline)}")
         print(f"\n{results_in_words(report, beside)}")
-    PartialState().destroy_process_group()
+    end_process_group()
 
 
 def finetune(

@@ -1,10 +1,19 @@
-"""Collect tensors over the processes of a distributed run; processes that see the same batches count as one."""
+"""Collect tensors over the processes of a distributed run, and end its process group.
 
+Processes that see the same batches count as one.
+"""
+
+import gc
 from typing import Any
 
 import torch
-from accelerate import Accelerator
+from accelerate import Accelerator, PartialState
 from torch import Tensor
+
+if torch.distributed.is_available():
+    # Its functions have the process group as default argument: None now, but imported later, as DDP does, they would
+    # keep the group, so that nothing could end its threads.
+    import torch.distributed.nn.functional
 
 
 class DataProcesses:
@@ -113,3 +122,19 @@ def check_sequences_are_whole(config: Any) -> None:
                 f"(ParallelismConfig.{kind[0]}p_size), which splits them: labels would be counted in parts. Use data "
                 "or tensor parallelism, FSDP2 or DeepSpeed ZeRO, or the stock Trainer."
             )
+
+
+def end_process_group() -> None:
+    """Destroy the process group and wait until its threads have ended: the last call of a distributed script.
+
+    A thread of gloo may still hold a tensor of the last operation. If it frees that tensor while the interpreter shuts
+    down, the process is aborted ("terminate called without an active exception") and the launcher reports a failure
+    after a run that was complete. `torch.distributed.destroy_process_group` alone does not end these threads while a
+    model in `DistributedDataParallel` refers to the group, so garbage is collected first; a trainer or a model
+    that the caller still refers to keeps the threads. Without a process group, nothing is done.
+
+    >>> end_process_group()
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
+        PartialState().destroy_process_group()

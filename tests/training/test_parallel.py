@@ -2,6 +2,8 @@
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import accelerate
@@ -318,3 +320,35 @@ class TestDeepSpeed:
         np.testing.assert_allclose(losses, of_one, rtol=1e-4)
         np.testing.assert_allclose(first["evaluations"], expected["evaluations"], rtol=1e-4)
         np.testing.assert_allclose(first["table"]["gammas"], expected["table"]["gammas"], rtol=1e-4)
+
+
+class TestEndProcessGroup:
+    PROGRAM = """
+from pathlib import Path
+import torch
+from hf_adafocal.training.processes import end_process_group
+
+def threads():
+    return len(list(Path("/proc/self/task").iterdir()))
+
+def train():
+    model = torch.nn.parallel.DistributedDataParallel(torch.nn.Linear(2, 2))
+    model(torch.ones(3, 2)).sum().backward()
+    model.itself = model  # freed by the garbage collector alone, as a trainer is
+    print(threads())
+
+print(threads())
+torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+train()
+end_process_group()
+end_process_group()  # does nothing
+print(threads())
+"""
+
+    @pytest.mark.slow  # a process imports torch
+    @pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="needs /proc, to see the threads")
+    def test_the_threads_of_gloo_have_ended(self):
+        """One that frees a tensor while the interpreter shuts down aborts the process."""
+        ended = subprocess.run([sys.executable, "-c", self.PROGRAM], capture_output=True, text=True, check=True)
+        before, during, after = map(int, ended.stdout.split())
+        assert before == after < during
