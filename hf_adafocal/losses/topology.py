@@ -1,6 +1,7 @@
 """Topological loss of dense prediction: Wasserstein distance of the persistence diagrams of prediction and label."""
 
 from collections.abc import Callable
+from contextlib import suppress
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -176,12 +177,11 @@ def pairs_of_cripser(volume: np.ndarray, construction: str) -> Pairs:
 
 def _library() -> Pairing:
     """Return the function that finds pairs: with cripser if the user has installed it, else with gudhi."""
-    for module, function in (("cripser", pairs_of_cripser), ("gudhi", pairs_of_gudhi)):
-        try:
-            import_module(module)
-        except ImportError:
-            continue
-        return function
+    libraries = (("cripser", "compute_ph", pairs_of_cripser), ("gudhi", "CubicalComplex", pairs_of_gudhi))
+    for module, needed, function in libraries:
+        with suppress(ImportError):
+            if hasattr(import_module(module), needed):  # a folder of that name imports, too
+                return function
     raise ImportError(
         "The topological term computes persistence with gudhi, which is not installed: "
         "pip install 'hf-adafocal[topology]'."

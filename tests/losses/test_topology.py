@@ -1,7 +1,9 @@
 """The topological term: against gudhi's own distance, by hand, and what it does and does not see."""
 
+import importlib.util
 import subprocess
 import sys
+from importlib.machinery import PathFinder
 
 import numpy as np
 import pytest
@@ -166,6 +168,12 @@ class TestCripser:
 
     def test_without_it_gudhi_does(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "cripser", None)
+        assert topology._library() is pairs_of_gudhi
+
+    def test_a_folder_of_its_name_is_not_the_library(self, monkeypatch, tmp_path):
+        (tmp_path / "cripser").mkdir()
+        folder = importlib.util.module_from_spec(PathFinder.find_spec("cripser", [str(tmp_path)]))
+        monkeypatch.setitem(sys.modules, "cripser", folder)
         assert topology._library() is pairs_of_gudhi
 
 
