@@ -14,6 +14,7 @@ from hf_adafocal.report.tables import report_table
 from hf_adafocal.runs.arguments import parse_arguments
 from hf_adafocal.runs.finetune import finetune
 from hf_adafocal.runs.lora import LoraTask, merge_adapter
+from hf_adafocal.training.processes import end_process_group
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -28,3 +29,4 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 if __name__ == "__main__":
     main()
+    end_process_group()
