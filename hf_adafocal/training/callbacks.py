@@ -274,7 +274,13 @@ class AdaFocalCallback(AdaptiveStateCallback):
         """Restore the best checkpoint's table; later evaluations do not update gamma."""
         self._first_step = None
         self._check_that_gamma_moved()
+        made = self.updates
         super().on_train_end(args, state, control, **kwargs)
+        if self.updates < FEW_UPDATES <= made and not getattr(args, "calibrate_at_end", False):
+            logger.warning(
+                f"load_best_model_at_end restored the weights after {self.updates} of {made} updates of gamma: the "
+                "last ones may be better calibrated. Compare the two, train without it, or fold a temperature."
+            )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
         """Update gamma if this was an evaluation of the calibration set."""

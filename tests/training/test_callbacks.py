@@ -299,11 +299,13 @@ class TestWhatItKeeps:
 class TestBestCheckpoint:
     SAVED = {"edges": [0.0, 1.0], "gammas": [2.0], "updates": 1, "history": [{"step": 1, "gammas": [2.0]}]}
 
-    def ended(self, folder, saved=None, best=True, load=True, main=True):
-        """A run of two updates whose best checkpoint holds `saved`, called at the end of training."""
+    def ended(self, folder, saved=None, best=True, load=True, main=True, made=2, calibrate_at_end=False):
+        """A run of `made` updates whose best checkpoint holds `saved`, called at the end of training."""
         alone = Alone(folder, load_best_model_at_end=load, save_strategy="epoch")
+        alone.args.calibrate_at_end = calibrate_at_end
         alone.call("on_train_begin")
-        alone.updates_after("eval", 1), alone.updates_after("eval", 2)
+        for step in range(1, made + 1):
+            alone.updates_after("eval", step)
         alone.state.is_world_process_zero = main
         if best:
             alone.state.best_model_checkpoint = str(folder / "checkpoint-1")
@@ -328,6 +330,14 @@ class TestBestCheckpoint:
         assert alone.callback.loss.gammas.item() == pytest.approx(math.e)
         assert alone.state.stateful_callbacks[STATE_KEY]["updates"] == alone.callback.updates == 2
         assert ("has no table of the loss, so it stays that of step 2" in warnings.text) == (settings == {})
+
+    @pytest.mark.parametrize(
+        ("made", "kept", "folded", "early"),
+        [(20, 19, False, True), (20, 20, False, False), (19, 18, False, False), (20, 19, True, False)],
+    )
+    def test_one_of_few_updates_is_named_if_later_ones_had_more(self, tmp_path, warnings, made, kept, folded, early):
+        self.ended(tmp_path, {**self.SAVED, "updates": kept}, made=made, calibrate_at_end=folded)
+        assert (f"restored the weights after {kept} of {made} updates of gamma" in warnings.text) == early
 
     def test_what_no_run_writes_is_refused_and_the_file_named(self, tmp_path):
         with pytest.raises(ValueError, match=rf"updates in {tmp_path}/checkpoint-1/trainer_state.json must be"):
