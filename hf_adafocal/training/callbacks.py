@@ -278,8 +278,8 @@ class AdaFocalCallback(AdaptiveStateCallback):
         super().on_train_end(args, state, control, **kwargs)
         if self.updates < FEW_UPDATES <= made and not getattr(args, "calibrate_at_end", False):
             logger.warning(
-                f"load_best_model_at_end restored the weights after {self.updates} of {made} updates of gamma: the "
-                "last ones may be better calibrated. Compare the two, train without it, or fold a temperature."
+                f"load_best_model_at_end restored the weights after {self.updates} of {made} updates of gamma, too "
+                "few to have calibrated them. Compare with the last ones, train without it, or fold a temperature."
             )
 
     def on_evaluate(self, args, state, control, metrics=None, **kwargs):
